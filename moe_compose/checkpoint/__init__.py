@@ -1,0 +1,1 @@
+"""How a checkpoint lies on disk, and nothing about what is in it."""
