@@ -1,7 +1,8 @@
 """Every exception that moe-compose raises on purpose.
 
-One small tree. A message states the rule, the value in parentheses and where it was found; `hint` says what to do next. When an
-input has several faults they are collected and raised together, so that a user mends them in one go.
+One small tree. A message states the rule, the value in parentheses and where it was found; `hint`
+says what to do next. When an input has several faults they are collected and raised together, so
+that a user mends them in one go.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class MoeComposeError(Exception):
         hint: what to do next.
 
     Attributes:
-        exit_code: what the command line exits with (1 failed while running, 2 wrong usage, 3 written but not valid).
+        exit_code: what the command line exits with (1 failed while running, 2 wrong usage, 3
+    written but not valid).
     """
 
     exit_code = 1
@@ -45,7 +47,9 @@ class CheckpointError(MoeComposeError):
 
 
 class UnsupportedError(MoeComposeError):
-    """A model family, a pair of families, or a fact of a model that this operation has no exact answer for."""
+    """A model family, a pair of families, or a fact of a model that this operation has no exact
+    answer for.
+    """
 
     exit_code = 2
 

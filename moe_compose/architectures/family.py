@@ -1,0 +1,271 @@
+"""`Architecture`: the facts of one family in one record; `Twin`: which dense family it can be grown
+from, and how.
+
+A dense family is an `Architecture` without experts. Its `facts` are what its config class assumes
+where `config.json` is silent; they are written out when a checkpoint changes family, since the new
+family's class assumes something else (a defaulted `rope_theta` costs 0.25 nats and no error is
+raised).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_compose.architectures.base import (
+    Key,
+    Matrices,
+    RouterTensor,
+    Routing,
+    RoutingForm,
+    SharedExperts,
+)
+from moe_compose.architectures.layers import EveryLayer, LayerRule
+from moe_compose.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Require:
+    """A fact of the source that the target has no home for unless it has one of these values.
+
+    Attributes:
+        key: the source's config entry.
+        allowed: values under which the pair is exact; of a list, every entry must be one of them.
+        reason: what the target does instead; completes "X has no home in the target: ...".
+    """
+
+    key: Key
+    allowed: tuple[Any, ...]
+    reason: str
+
+    def broken_by(self, config: Mapping[str, Any]) -> str | None:
+        """What stands in the way, in words; None when the config meets the requirement."""
+        value = self.key.get(config)
+        found = value if isinstance(value, list | tuple) else [value]
+        if all(v in self.allowed for v in found):
+            return None
+        return f"{self.key.name} ({value!r}) has no home in the target: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A fused source tensor whose consecutive row blocks become several target tensors (Phi-3's
+    `qkv_proj`).
+
+    Attributes:
+        source: template of the fused tensor.
+        parts: (target template, row count), the count as a product of config keys: each a tuple of
+    `Key`s.
+    """
+
+    source: str
+    parts: tuple[tuple[str, tuple[Key, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """A target tensor that the source lacks and that a constant makes neutral (a zero bias).
+
+    Attributes:
+        name: target template (with `{i}` for one per layer).
+        shape: each dimension as a product of config keys of the target.
+        value: the constant.
+        dtype: stored so; None takes the checkpoint's dtype.
+        sparse_only: only in sparse layers.
+    """
+
+    name: str
+    shape: tuple[tuple[Key, ...], ...]
+    value: float = 0.0
+    dtype: str | None = None
+    sparse_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """How a dense family's checkpoint becomes one of an MoE family with the same mathematics around
+    the FFN.
+
+    Attributes:
+        dense: `model_type` of the source.
+        config: entries set in the target: a constant, or a `Key` read from the source (with its
+            default).
+        shared_config: entries on top of those when the dense FFN becomes the shared expert.
+        drop: source entries that mean nothing, or something else, in the target.
+        requires: facts without which the pair is not exact.
+        renames: source template → target template, for non-FFN tensors whose names differ.
+        splits: fused tensors that the target stores apart.
+        interleave: templates of q and k projections whose rows change from half-split to
+            interleaved rotary order (ERNIE).
+        fills: constant tensors that the target adds.
+        accuracy: relative fp32 error of the logits that the pair reaches when it is exact in
+            mathematics; larger than 1e-6 where the two families' code orders its operations
+            differently.
+    """
+
+    dense: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    shared_config: Mapping[str, Any] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+    requires: tuple[Require, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    splits: tuple[Split, ...] = ()
+    interleave: tuple[str, ...] = ()
+    fills: tuple[Fill, ...] = ()
+    accuracy: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The facts of one model family.
+
+    Attributes:
+        model_type: as in `config.json`.
+        hf_class: the transformers class, as in `architectures`.
+        mlp: the dense FFN; None for a family without dense layers.
+        width: config key of the dense FFN's width.
+        experts: the routed experts; None for a dense family.
+        num_experts, top_k, expert_width: config keys.
+        router: tensors with one row per expert, and further router machinery.
+        shared: always-on experts.
+        routing: how logits become experts and weights.
+        sparse: which layers hold experts.
+        mtp: prefixes of multi-token-prediction tensors (`{n}` = `num_hidden_layers`), which hold
+            routers of their own.
+        embedding, head: names of the token embedding and the output projection.
+        facts: what the config class assumes where `config.json` is silent, for entries that change
+            what the model computes.
+        per_layer_rope: rope parameters are kept per layer type; there is only one dialect of them.
+        twins: dense families that this one can be grown from.
+        zero_experts: rows of the router, after the experts' own, that stand for no FFN at all
+            (LongCat, ZAYA).
+        expert_hidden: config key of the experts' input width where it may not be D (Nemotron's
+            latent); null or absent: D.
+        parallel_mlp: the dense FFN stands beside the experts, in sparse layers too (Gemma 4,
+            LongCat).
+        parts: template → part of the model, for tensors that no other field names and whose name
+            does not tell.
+        layouts: the same family under other names on disk; `parts.layout_of` tells which one a
+            checkpoint has.
+        read_only: why experts of this family can be counted and no more; empty where they can be
+            operated on.
+        note: anything a reader should know.
+    """
+
+    model_type: str
+    hf_class: str
+    mlp: Matrices | None = None
+    width: Key = Key(name="intermediate_size")
+    experts: Matrices | None = None
+    num_experts: Key = Key(name="num_experts")
+    top_k: Key = Key(name="num_experts_per_tok")
+    expert_width: Key = Key(name="moe_intermediate_size")
+    router: tuple[RouterTensor, ...] = ()
+    shared: SharedExperts | None = None
+    routing: RoutingForm | None = None
+    sparse: LayerRule = EveryLayer()
+    mtp: tuple[str, ...] = ()
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    hidden: Key = Key(name="hidden_size")
+    layers: Key = Key(name="num_hidden_layers")
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    per_layer_rope: bool = False
+    twins: tuple[Twin, ...] = ()
+    zero_experts: int | Key = 0
+    expert_hidden: Key | None = None
+    parallel_mlp: bool = False
+    parts: Mapping[str, str] = field(default_factory=dict)
+    layouts: tuple[Architecture, ...] = ()
+    read_only: str = ""
+    note: str = ""
+
+    @property
+    def is_moe(self) -> bool:
+        return self.experts is not None
+
+    def moe(self, config: Mapping[str, Any]) -> MoE:
+        """The MoE side of `config`, read through this form.
+
+        Raises:
+            CheckpointError: an entry the family requires is missing or malformed.
+        """
+        if self.experts is None or self.routing is None:
+            raise CheckpointError(f"{self.model_type} is a dense family: it has no experts")
+        layers, hidden = self.layers.integer(config), self.hidden.integer(config)
+        zero, latent = self.zero_experts, self.expert_hidden
+        return MoE(
+            num_experts=_whole(self.num_experts, config),
+            top_k=_whole(self.top_k, config),
+            expert_width=_whole(self.expert_width, config),
+            shared_width=self.shared.total_width(config) if self.shared else 0,
+            hidden=hidden,
+            routing=self.routing.resolve(config),
+            sparse=self.sparse.sparse(config, layers),
+            zero_experts=zero.integer(config) if isinstance(zero, Key) else zero,
+            expert_hidden=(latent.get(config) or hidden) if latent else hidden,
+        )
+
+    def twin_of(self, dense: str) -> Twin | None:
+        """The pair with a dense family, if there is an exact one."""
+        return next((t for t in self.twins if t.dense == dense), None)
+
+    def moe_shapes(self, config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+        """Name → shape of every router, expert and shared-expert tensor of a sparse layer; optional
+        ones left out.
+        """
+        assert self.experts is not None
+        moe = self.moe(config)
+        rows = moe.num_experts + moe.zero_experts
+        shapes = {
+            t.name.format(i=layer): t.shape(rows, t.width.integer(config) if t.width else moe.hidden)
+            for t in self.router
+            if t.kind != "other" and not t.optional and (t.when is None or t.when.get(config))
+        }
+        if self.experts.stacked:
+            stacked = self.experts.shapes(moe.expert_width, moe.expert_hidden, moe.num_experts)
+            shapes |= {n.format(i=layer): s for n, s in stacked.items()}
+        else:
+            one = self.experts.shapes(moe.expert_width, moe.expert_hidden)
+            shapes |= {
+                n.format(i=layer, e=e): s for e in range(moe.num_experts) for n, s in one.items()
+            }
+        if self.shared and moe.shared_width:
+            shared = self.shared.matrices.shapes(moe.shared_width, moe.hidden)
+            shapes |= {n.format(i=layer): s for n, s in shared.items()}
+            if self.shared.gate:
+                shapes[self.shared.gate.format(i=layer)] = (1, moe.hidden)
+        return shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """What a config says about its experts. `sparse` has one bool per decoder layer; widths and
+    counts as in METHODS: E, k, F. `zero_experts` rows of the router follow those of the experts; an
+    expert's input and output are `expert_hidden` wide.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_width: int
+    shared_width: int
+    hidden: int
+    routing: Routing
+    sparse: tuple[bool, ...]
+    zero_experts: int
+    expert_hidden: int
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, s in enumerate(self.sparse) if s)
+
+
+def _whole(key: Key, config: Mapping[str, Any]) -> int:
+    """An int entry; a per-layer list of equal ints counts as one (HunYuan)."""
+    value = key.get(config)
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(set(value)) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"config.json: {key.name} must be one whole number ({value!r})")
+    return value

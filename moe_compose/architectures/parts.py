@@ -1,0 +1,133 @@
+"""Which part of the model a tensor belongs to, and how many parameters each part has, from names
+and shapes alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe_compose.architectures.family import Architecture, MoE
+from moe_compose.checkpoint.source import TensorInfo
+
+Kind = Literal[
+    "embedding",
+    "head",
+    "attention",
+    "norm",
+    "dense FFN",
+    "router",
+    "experts",
+    "shared experts",
+    "MTP",
+    "other",
+]
+
+#: What may follow a weight's stem: `.weight`, `.bias`, a quantised tensor's companions.
+_TAIL = r"(?:\.[A-Za-z0-9_]+|_blocks|_scales|_bias|_scale_inv)*$"
+_MIXER = re.compile(r"attn|attention|mixer|mamba|conv|linear_att|rotary|ssm", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor belongs: part, decoder layer, and expert where its name says one."""
+
+    kind: Kind
+    layer: int | None = None
+    expert: int | None = None
+
+
+class Locator:
+    """Finds each tensor's place by the templates of a family's form.
+
+    Args:
+        architecture: the form.
+        layers: number of decoder layers, to tell multi-token-prediction layers from the others.
+    """
+
+    def __init__(self, architecture: Architecture, layers: int) -> None:
+        a = architecture
+        self._layers = layers
+        self._mtp = tuple(p.format(n=layers) for p in a.mtp)
+        self._named = {a.embedding: "embedding", a.head: "head"}
+        rules: list[tuple[Kind, str]] = [("router", t.name) for t in a.router]
+        if a.shared:
+            gate = [a.shared.gate] if a.shared.gate else []
+            rules += [("shared experts", n) for n in (*a.shared.matrices.names, *gate)]
+        if a.experts:
+            rules += [("experts", n) for n in (*a.experts.names, *a.experts.biases)]
+        if a.mlp:
+            rules += [("dense FFN", n) for n in a.mlp.names]
+        self._rules = [(kind, _pattern(name)) for kind, name in rules]
+
+    def place(self, name: str) -> Place:
+        """The part that `name` belongs to; `other` when nothing says."""
+        if self._mtp and name.startswith(self._mtp):
+            return Place("MTP")
+        if name in self._named:
+            return Place(self._named[name])  # type: ignore[arg-type]
+        for kind, pattern in self._rules:
+            if m := pattern.match(name):
+                found = m.groupdict()
+                expert = found.get("e")
+                return Place(kind, int(found["i"]), int(expert) if expert is not None else None)
+        layer = re.search(r"\.(\d+)\.", name)
+        at = int(layer[1]) if layer else None
+        if "norm" in name.rsplit(".", 2)[-2] if name.count(".") else "":
+            return Place("norm", at)
+        return Place("attention" if _MIXER.search(name) else "other", at)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    stem = re.escape(template.removesuffix(".weight"))
+    stem = stem.replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
+    return re.compile(stem + _TAIL)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Parameter counts. Elements of the tensors on disk; a tied head is counted once, as it is
+    stored.
+
+    Attributes:
+        total: all of them, multi-token-prediction layers excluded (as published counts do).
+        active: those one token passes through: `total − routed·(E − k)/E`, embedding table included
+            whole, which is how Mixtral's 12.9B and Qwen3's "A3B" are counted.
+        active_without_embedding: the same less the embedding table (gpt-oss's convention).
+        by_part: part → count.
+        mtp: multi-token-prediction parameters, outside `total`.
+    """
+
+    total: int
+    active: int
+    active_without_embedding: int
+    by_part: Mapping[str, int]
+    mtp: int
+
+
+def count_parameters(
+    architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> Parameters:
+    """Count parameters by part.
+
+    Args:
+        architecture: the family's form.
+        config: `config.json`.
+        tensors: names and shapes.
+    """
+    locator = Locator(architecture, architecture.layers.integer(config))
+    parts: Counter[str] = Counter()
+    for t in tensors.values():
+        parts[locator.place(t.name).kind] += t.numel
+    mtp = parts.pop("MTP", 0)
+    total = sum(parts.values())
+    idle = 0
+    if architecture.is_moe and parts["experts"]:
+        moe: MoE = architecture.moe(config)
+        idle = parts["experts"] * (moe.num_experts - moe.top_k) // moe.num_experts
+    tied = not parts["head"]
+    table = 0 if tied else parts["embedding"]
+    return Parameters(total, total - idle, total - idle - table, dict(parts), mtp)

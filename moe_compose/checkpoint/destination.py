@@ -1,0 +1,307 @@
+"""Whether a checkpoint may be written into a folder, and what of it is there already.
+
+Three intentions, and no guessing between them. A plain write takes an empty or new folder. `resume`
+continues what this same plan began there: complete shards stay, as their header is the expected one
+to the byte and their size is right. `overwrite` replaces a checkpoint, and nothing that does not
+look like one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moe_compose.checkpoint.copying import PART_SUFFIX, part_of
+from moe_compose.checkpoint.sharding import (
+    DIGEST_KEY,
+    INDEX_NAME,
+    Shard,
+    encode_index,
+    encode_json,
+    plan_shards,
+)
+from moe_compose.checkpoint.source import TensorSource
+from moe_compose.checkpoint.write_checks import (
+    check_carried,
+    check_overlap,
+    check_path,
+    check_space,
+    fingerprint,
+    source_paths,
+)
+from moe_compose.checkpoint.write_state import STATE_NAME, WriteState, read_state
+from moe_compose.errors import OptionError, WriteError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_SUFFIX = ".safetensors"
+EITHER_HINT = "Continue with --resume, or start again with --overwrite."
+ELSEWHERE_HINT = "Give another folder, or replace what is there with --overwrite."
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """What a write into a folder would do.
+
+    Attributes:
+        folder: where.
+        shards: all files of weights.
+        kept: names of those that are complete and stay.
+        finished: everything is there; nothing is left to do.
+        removed: names of files that are taken away first, in that order.
+        state: what the write records of itself.
+        config: the bytes of `config.json`.
+        index: the bytes of the index; None for a single shard.
+    """
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    kept: frozenset[str]
+    finished: bool
+    removed: tuple[str, ...]
+    state: WriteState
+    config: bytes
+    index: bytes | None
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes of the tensors that are there already."""
+        return sum(shard.nbytes for shard in self.shards if shard.name in self.kept)
+
+
+def survey(
+    source: TensorSource, folder: Path, *, shard_size: int, resume: bool, overwrite: bool
+) -> Destination:
+    """Make every check that a write needs, and say what it would do; writes nothing.
+
+    Raises:
+        OptionError: options that cannot be meant.
+        PlanError: the source contradicts itself.
+        CheckpointError: a file of the source is missing.
+        WriteError: the folder cannot, or must not, be written to.
+    """
+    if shard_size < 1:
+        raise OptionError(f"a shard needs at least one byte (--shard-size {shard_size})")
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite exclude each other", hint=EITHER_HINT)
+    existing = check_path(folder)
+    paths = source_paths(source)
+    check_overlap(source, paths, folder)
+    wanted = _lay_out(source, folder, shard_size, fingerprint(paths))
+    taken = [CONFIG_NAME, INDEX_NAME, STATE_NAME, *(shard.name for shard in wanted.shards)]
+    carried = check_carried(source, folder, taken)
+    found = _Found(wanted, frozenset(source.files))
+    if overwrite:
+        destination = replace(wanted, removed=found.overwritten())
+    elif resume:
+        destination = found.resumed()
+    else:
+        found.refuse_unless_empty()
+        destination = wanted
+    if not destination.finished:
+        _check_space(destination, existing, carried)
+    return destination
+
+
+def _lay_out(
+    source: TensorSource,
+    folder: Path,
+    shard_size: int,
+    sources: tuple[tuple[str, int, int], ...],
+) -> Destination:
+    """The write as it is in an empty folder."""
+    digest = source.digest()
+    shards = plan_shards(source.tensors.values(), shard_size, digest)
+    return Destination(
+        folder=folder,
+        shards=shards,
+        kept=frozenset(),
+        finished=False,
+        removed=(),
+        state=WriteState(digest, tuple((s.name, s.size) for s in shards), sources),
+        config=encode_json(source.config),
+        index=encode_index(shards, source.tensors) if len(shards) > 1 else None,
+    )
+
+
+class _Found:
+    """What lies in the folder, seen from what is to be written there."""
+
+    def __init__(self, wanted: Destination, carried: frozenset[str]) -> None:
+        self.wanted = wanted
+        self.folder = wanted.folder
+        self.digest = wanted.state.digest
+        self.state = read_state(self.folder)
+        own = {part_of(Path(STATE_NAME)).name, *([] if self.state else [STATE_NAME])}
+        try:
+            self.names = sorted(set(os.listdir(self.folder)) - own)
+        except FileNotFoundError:
+            self.names = []
+        except OSError as error:
+            raise WriteError(f"cannot list {self.folder}/ ({error.strerror})") from error
+        weights = [n for n in self.names if n.endswith(WEIGHTS_SUFFIX) and n not in carried]
+        self.digests = {name: _digest_in(self.folder / name) for name in weights}
+        self.complete = frozenset(s.name for s in wanted.shards if _is_complete(self.folder, s))
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it looks like a checkpoint, or like a write of ours that did not finish."""
+        endings = (WEIGHTS_SUFFIX, WEIGHTS_SUFFIX + PART_SUFFIX)
+        return any(n in (CONFIG_NAME, STATE_NAME) or n.endswith(endings) for n in self.names)
+
+    @property
+    def is_finished(self) -> bool:
+        if self.state or len(self.complete) < len(self.wanted.shards):
+            return False
+        index = self.folder / INDEX_NAME
+        return CONFIG_NAME in self.names and (
+            self.wanted.index is None
+            or (index.is_file() and index.read_bytes() == self.wanted.index)
+        )
+
+    def refuse_unless_empty(self) -> None:
+        """Raise, with the reason and the ways on, if anything is there."""
+        if not self.names:
+            return
+        here, total = len(self.complete), len(self.wanted.shards)
+        same = bool(self.complete) or (self.state and self.state.digest == self.digest)
+        if self.is_finished:
+            what = f"the finished checkpoint of the same plan, digest {self.digest[:8]}"
+            hint = "Nothing is left to do: --resume accepts it, --overwrite writes it again."
+        elif same:
+            what = f"{here} of {total} shards of the same plan, digest {self.digest[:8]}"
+            hint = EITHER_HINT
+        elif self.is_checkpoint:
+            what, hint = self._other(), ELSEWHERE_HINT
+        else:
+            what, hint = _listed(self.names), "Give a new or empty folder."
+        raise WriteError(f"{self.folder}/ is not empty ({what})", hint=hint)
+
+    def overwritten(self) -> tuple[str, ...]:
+        """The files to remove, the index first: what is left then is no checkpoint any more."""
+        if self.names and not self.is_checkpoint:
+            raise WriteError(
+                f"only a checkpoint, or an unfinished write, is overwritten ({self.folder}/ holds"
+                f" {_listed(self.names)})",
+                hint="Give another folder.",
+            )
+        indices = [n for n in self.names if n.endswith(".index.json")]
+        endings = (WEIGHTS_SUFFIX, PART_SUFFIX, ".bin")
+        weights = [n for n in self.names if n.endswith(endings)]
+        last = [n for n in self.names if n == "validation.json"]
+        return (*indices, *weights, *last)
+
+    def resumed(self) -> Destination:
+        """The write that continues what is there.
+
+        Raises:
+            WriteError: what is there is not the beginning of this write.
+        """
+        if not self.names:
+            return self.wanted
+        if self.state:
+            self._refuse_other_state(self.state)
+            if self.state.removing:
+                return replace(self.wanted, removed=self.overwritten())
+        self._refuse_other_weights()
+        if not self.state and not self.complete:
+            raise WriteError(
+                f"there is nothing to resume in {self.folder}/ ({_listed(self.names)})",
+                hint="Give a new or empty folder.",
+            )
+        return replace(self.wanted, kept=self.complete, finished=self.is_finished)
+
+    def _refuse_other_state(self, state: WriteState) -> None:
+        if state.digest != self.digest:
+            raise self._not_ours(f"digest {state.digest[:8]}")
+        wanted = self.wanted.state
+        if state.sources != wanted.sources:
+            changed = sorted({name for name, *_ in {*state.sources} ^ {*wanted.sources}})
+            raise WriteError(
+                f"source changed since the interrupted write ({_listed(changed)})",
+                hint="Start again with --overwrite.",
+            )
+        if state.shards != wanted.shards:
+            raise self._other_shards(len(state.shards))
+
+    def _refuse_other_weights(self) -> None:
+        expected = {shard.name for shard in self.wanted.shards}
+        for name, digest in self.digests.items():
+            if digest == self.digest and name not in expected:
+                raise self._other_shards(len(self.digests))
+            if digest == self.digest or (digest is None and self.state and name in expected):
+                continue
+            raise self._not_ours(f"{name}: {f'digest {digest[:8]}' if digest else 'no digest'}")
+
+    def _not_ours(self, what: str) -> WriteError:
+        return WriteError(
+            f"{self.folder}/ holds weights of another plan ({what}; this one is {self.digest[:8]})",
+            hint=ELSEWHERE_HINT,
+        )
+
+    def _other_shards(self, count: int) -> WriteError:
+        return WriteError(
+            f"{self.folder}/ holds shards of another size ({count} files; --shard-size now gives"
+            f" {len(self.wanted.shards)})",
+            hint="Resume with the --shard-size it was begun with, or start again with --overwrite.",
+        )
+
+    def _other(self) -> str:
+        if self.state:
+            return f"an unfinished write of another plan, digest {self.state.digest[:8]}"
+        return f"a checkpoint: {_listed(self.names)}"
+
+
+def _check_space(destination: Destination, existing: Path, carried: int) -> None:
+    gone = {*destination.removed}
+    for shard in destination.shards:
+        if shard.name not in destination.kept:
+            gone |= {shard.name, shard.name + PART_SUFFIX}
+    freed = sum(_bytes_freed(destination.folder / name) for name in gone)
+    remaining = sum(s.size for s in destination.shards if s.name not in destination.kept)
+    small = carried + len(destination.config) + len(destination.index or b"")
+    check_space(existing, destination.folder, remaining + small, freed)
+
+
+def _bytes_freed(path: Path) -> int:
+    """Bytes that removing a file gives back: none if it is missing, or has another name too."""
+    try:
+        stat = path.lstat()
+    except OSError:
+        return 0
+    return stat.st_blocks * 512 if stat.st_nlink == 1 else 0
+
+
+def _is_complete(folder: Path, shard: Shard) -> bool:
+    path = folder / shard.name
+    try:
+        if path.is_symlink() or path.stat().st_size != shard.size:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(shard.header)) == shard.header
+    except OSError:
+        return False
+
+
+def _digest_in(path: Path) -> str | None:
+    """The digest that a file of weights carries; None where it has none, or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 100 << 20)))
+        digest = header["__metadata__"][DIGEST_KEY]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Up to three names, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

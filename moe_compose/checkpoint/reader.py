@@ -1,0 +1,213 @@
+"""Checkpoint: a folder or a model of the Hub as a source of tensors.
+
+Opening reads `config.json`, the index and the safetensors headers, and checks them against each other and against the sizes of
+the files; it reads no weights and does not import torch. Values are read into fresh buffers: a memory map would be shorter, but its
+pages count as resident until the system wants them back, and streaming a large model must not look like holding it.
+
+Pickles are never opened, and code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from moe_compose.checkpoint.folder import (
+    Files,
+    LocalFiles,
+    carried_files,
+    read_config,
+    read_headers,
+    read_pieces,
+)
+from moe_compose.checkpoint.header import shown
+from moe_compose.checkpoint.source import CHUNK_BYTES, Extent, TensorInfo, torch_dtype
+from moe_compose.errors import CheckpointError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@]+))?", re.ASCII)
+_LOOKS_LIKE_PATH = re.compile(r"[./~]|.*[/\\]$|[A-Za-z]:|.*\\", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Checkpoint:
+    """A checkpoint whose tensors are bytes of files: a `TensorSource`. Made by `Checkpoint.open`.
+
+    Attributes:
+        label: the folder's name or the Hub id.
+        config: `config.json` as it is.
+        tensors: every tensor by name, file after file, in the order of the data.
+        files: what travels along with the weights, by name relative to the folder; empty when only headers were fetched.
+        path: the folder; None when only headers were fetched.
+        revision: the commit on the Hub; None for a folder that was given as one.
+        weight_files: the safetensors files, in the order of `tensors`; empty when only headers were fetched.
+    """
+
+    label: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[str, Path]
+    path: Path | None
+    revision: str | None
+    weight_files: tuple[Path, ...]
+    _extents: Mapping[str, Extent]
+
+    @classmethod
+    def open(
+        cls, path_or_id: str | Path, *, revision: str | None = None, headers_only: bool = False
+    ) -> Checkpoint:
+        """Open a folder, or a model of the Hub.
+
+        Args:
+            path_or_id: a folder; or, where there is no such folder, `org/name` or `org/name@revision`.
+            revision: branch, tag or commit on the Hub.
+            headers_only: of a model on the Hub, fetch config and headers only, some kilobytes, instead of downloading it
+                into the Hub's cache: enough to inspect and to plan, not to read values. Makes no difference to a folder.
+
+        Returns:
+            The checkpoint; every header checked, no weights read.
+
+        Raises:
+            CheckpointError: not there, out of reach, not a checkpoint, pickles only, damaged, or hostile.
+            OptionError: a revision for a folder, or two different ones.
+
+        Example:
+            >>> Checkpoint.open("Qwen/Qwen3-0.6B").tensors["model.norm.weight"].shape  # doctest: +SKIP
+            (1024,)
+        """
+        folder = Path(os.path.abspath(os.path.expanduser(path_or_id)))
+        if os.fspath(path_or_id) and folder.is_dir():
+            if revision is not None:
+                raise OptionError(f"a folder has no revisions ({revision!r} for {path_or_id})")
+            return cls._of(LocalFiles.of(folder, folder.name or "/"), None)
+        repo, revision = _hub_id(path_or_id, revision)
+        from moe_compose.checkpoint import hub
+
+        if headers_only:
+            remote = hub.RemoteFiles.of(repo, revision)
+            return cls._of(remote, remote.commit)
+        path, commit = hub.download(repo, revision)
+        return cls._of(LocalFiles.of(path, hub.label_of(repo, revision)), commit)
+
+    @classmethod
+    def _of(cls, files: Files, revision: str | None) -> Checkpoint:
+        config = read_config(files)
+        headers = read_headers(files)
+        tensors, extents = {}, {}
+        for file, header in headers.items():
+            for info, offset in zip(header.tensors, header.offsets, strict=True):
+                tensors[info.name] = info
+                if files.path is not None:
+                    extents[info.name] = Extent(files.path / file, offset, info.nbytes)
+        return cls(
+            label=files.label,
+            config=MappingProxyType(config),
+            tensors=MappingProxyType(tensors),
+            files=MappingProxyType({} if files.path is None else carried_files(files.path)),
+            path=files.path,
+            revision=revision,
+            weight_files=() if files.path is None else tuple(files.path / file for file in headers),
+            _extents=extents,
+        )
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.label!r}, {len(self.tensors)} tensors, {self.total_bytes} bytes)"
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def digest(self) -> str:
+        """Hex SHA-256 of config, and names, dtypes and shapes of all tensors; the same however they are sharded."""
+        known = {
+            "config": dict(self.config),
+            "tensors": {info.name: [info.dtype, info.shape] for info in self.tensors.values()},
+        }
+        text = json.dumps(known, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def extents(self, name: str) -> tuple[Extent, ...] | None:
+        """Where the tensor's bytes lie; None when only headers were fetched.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        self._info(name)
+        return (self._extents[name],) if name in self._extents else None
+
+    def stream(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor's values as flat pieces of at most `CHUNK_BYTES`, in order; none for an empty tensor.
+
+        Raises:
+            CheckpointError: no such tensor, not downloaded, unreadable, or of a dtype that torch does not hold.
+        """
+        import torch
+
+        info, extent = self._on_disk(name)
+        dtype = torch_dtype(info.dtype)
+        step = CHUNK_BYTES - CHUNK_BYTES % dtype.itemsize
+        return (torch.frombuffer(p, dtype=dtype) for p in read_pieces(extent, step))
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in its shape and dtype, on the CPU.
+
+        Raises:
+            CheckpointError: no such tensor, not downloaded, unreadable, or of a dtype that torch does not hold.
+        """
+        import torch
+
+        info, extent = self._on_disk(name)
+        dtype = torch_dtype(info.dtype)
+        for piece in read_pieces(extent, max(extent.nbytes, 1)):
+            return torch.frombuffer(piece, dtype=dtype).reshape(info.shape)
+        return torch.empty(info.shape, dtype=dtype)
+
+    def _on_disk(self, name: str) -> tuple[TensorInfo, Extent]:
+        info = self._info(name)
+        if name not in self._extents:
+            raise CheckpointError(
+                f"{self.label}: the weights were not downloaded, so {shown(name)} cannot be read",
+                hint="Open it without headers_only.",
+            )
+        return info, self._extents[name]
+
+    def _info(self, name: str) -> TensorInfo:
+        if name in self.tensors:
+            return self.tensors[name]
+        close = difflib.get_close_matches(name, self.tensors, n=3)
+        raise CheckpointError(
+            f"{self.label} has no tensor {shown(name)}",
+            hint=f"Did you mean {' or '.join(map(shown, close))}?" if close else "",
+        )
+
+
+def _hub_id(path_or_id: str | Path, revision: str | None) -> tuple[str, str | None]:
+    """Repository and revision; raises for what must have been meant as a folder."""
+    given = os.fspath(path_or_id)
+    match = _HUB_ID.fullmatch(given)
+    if os.path.lexists(given) and given:
+        raise CheckpointError(
+            f"a checkpoint is a folder, {given} is none",
+            hint="Give the folder that holds config.json and the *.safetensors files.",
+        )
+    if isinstance(path_or_id, Path) or _LOOKS_LIKE_PATH.match(given):
+        raise CheckpointError(f"there is no folder {given}")
+    if match is None:
+        raise CheckpointError(
+            f"neither a folder nor a Hub id ({shown(given)})",
+            hint="Hub ids have the form org/name or org/name@revision.",
+        )
+    if revision and match["revision"] and revision != match["revision"]:
+        raise OptionError(f"two revisions are given ({match['revision']} and {revision})")
+    return match["repo"], revision or match["revision"]

@@ -1,0 +1,206 @@
+"""`Plan`: a checkpoint that has not been written yet.
+
+A plan says, for every tensor of the result, which source tensors it is made from and by which
+transforms. Building one reads no weights. It can be checked, summed up, hashed, written, or used as
+the source of the next operation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_compose.architectures import find
+from moe_compose.architectures.estimates import ServingMemory, serving_memory
+from moe_compose.architectures.parts import Parameters, count_parameters
+from moe_compose.checkpoint.source import Extent, TensorInfo, TensorSource
+from moe_compose.errors import PlanError
+from moe_compose.surgery import evaluate
+from moe_compose.surgery.transforms import Full, Transform
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the result: what it is called, and what makes it."""
+
+    name: str
+    value: Transform
+
+    @property
+    def info(self) -> TensorInfo:
+        spec = self.value.spec
+        return TensorInfo(self.name, spec.dtype, spec.shape, spec.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Preservation:
+    """How far the result computes what its source computes, stated before anything is written.
+
+    Attributes:
+        kind: `exact` (same function), `approximate` (a known factor, or small noise), `none`
+            (changed on purpose).
+        why: the reason, one sentence.
+        tolerance: for `exact`: the largest relative error of fp32 logits that counts as such.
+    """
+
+    kind: Literal["exact", "approximate", "none"]
+    why: str
+    tolerance: float = 1e-6
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """What a dry run shows.
+
+    Attributes:
+        parameters: of the result, by part, total and active.
+        bytes: of its tensors on disk.
+        copied_bytes: of those, how many are moved without being decoded.
+        memory: estimate of what serving it takes.
+        tensors: how many.
+    """
+
+    parameters: Parameters
+    bytes: int
+    copied_bytes: int
+    memory: ServingMemory
+    tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be written, from what, by which transforms. A `TensorSource`.
+
+    Attributes:
+        operation: the verb (`upcycle`).
+        options: the operation's options as plain values, for the card and the digest.
+        config: the result's `config.json`.
+        outputs: every tensor of the result, in order.
+        sources: the checkpoints read from, by the names that transforms use.
+        files: what is carried along, file by file.
+        dropped: `source:tensor` → why it is not used.
+        preservation: how far the function is kept.
+        notes: what a user should know before writing.
+        card: the source's model card, if it has one.
+    """
+
+    operation: str
+    options: Mapping[str, Any]
+    config: Mapping[str, Any]
+    outputs: tuple[OutputTensor, ...]
+    sources: Mapping[str, TensorSource]
+    preservation: Preservation
+    files: Mapping[str, Path] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    card: Path | None = None
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return MappingProxyType({o.name: o.info for o in self.outputs})
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, OutputTensor]:
+        return {o.name: o for o in self.outputs}
+
+    @property
+    def label(self) -> str:
+        return f"{self.operation} of {', '.join(s.label for s in self.sources.values())}"
+
+    def extents(self, name: str) -> tuple[Extent, ...] | None:
+        return evaluate.extents(self._by_name[name].value, self.sources)
+
+    def stream(self, name: str) -> Iterator[torch.Tensor]:
+        return evaluate.stream(self._by_name[name].value, self.sources)
+
+    def read(self, name: str) -> torch.Tensor:
+        return evaluate.value(self._by_name[name].value, self.sources)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of config, outputs with their transforms, and the digests of the sources.
+
+        Equal plans have equal digests, on every machine. Weights are not part of it: building a
+        plan reads none.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        h = hashlib.sha256()
+        h.update(json.dumps(self.config, sort_keys=True).encode())
+        for name, source in sorted(self.sources.items()):
+            h.update(f"\0{name}\0{source.digest()}".encode())
+        for o in self.outputs:
+            h.update(f"\0{o.name}\0{o.value!r}".encode())
+        return h.hexdigest()
+
+    def constants(self) -> frozenset[str]:
+        """Outputs that are one number throughout on purpose (a routed `W_d = 0`)."""
+        return frozenset(o.name for o in self.outputs if isinstance(o.value, Full))
+
+    def check(self) -> Plan:
+        """Hold the plan to the laws of a plan; returns it.
+
+        Raises:
+            PlanError: an output named twice or missing, a source tensor neither used nor dropped on
+                purpose, a declared shape or dtype that the transforms do not give. All of them at
+                once.
+        """
+        problems = [*self._unaccounted(), *self._wrong_experts()]
+        if len(self._by_name) != len(self.outputs):
+            problems.append("two outputs have the same name")
+        for o in self.outputs:
+            try:
+                evaluate.check_on_meta(o.value)
+            except PlanError as e:
+                problems.append(f"{o.name}: {e}")
+        if problems:
+            shown = problems[:20]
+            more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+            raise PlanError("the plan breaks its own laws", problems=[*shown, *more])
+        return self
+
+    def _unaccounted(self) -> Iterator[str]:
+        used = {(r.source, r.tensor.name) for o in self.outputs for r in o.value.leaves()}
+        for key, source in self.sources.items():
+            for name in source.tensors:
+                if (key, name) not in used and f"{key}:{name}" not in self.dropped:
+                    yield f"source tensor {name} ({source.label}) has no home in the target"
+
+    def _wrong_experts(self) -> Iterator[str]:
+        form = find(self.config)
+        if form is None or not form.is_moe:
+            return
+        for layer in form.moe(self.config).sparse_layers:
+            for name, shape in form.moe_shapes(self.config, layer).items():
+                if name not in self.tensors:
+                    yield f"{name} is missing"
+                elif self.tensors[name].shape != shape:
+                    yield f"{name} has shape {list(self.tensors[name].shape)}, not {list(shape)}"
+
+    def summary(self) -> PlanSummary:
+        """Parameters, bytes and memory of the result; reads no weights."""
+        form = find(self.config)
+        if form is None:
+            raise PlanError(f"no form for model_type {self.config.get('model_type')!r}")
+        parameters = count_parameters(form, self.config, self.tensors)
+        infos = self.tensors.values()
+        return PlanSummary(
+            parameters=parameters,
+            bytes=sum(t.nbytes for t in infos),
+            copied_bytes=sum(t.nbytes for t in infos if self.extents(t.name) is not None),
+            memory=serving_memory(self.config, parameters.total),
+            tensors=len(self.tensors),
+        )

@@ -1,0 +1,138 @@
+"""The config of an upcycled checkpoint: the source's own JSON, its silent assumptions written out,
+the MoE entries added.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from moe_compose.architectures import Architecture, Twin
+from moe_compose.architectures.base import Key
+from moe_compose.architectures.dialects import both_dialects, state_facts
+from moe_compose.errors import OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    from moe_compose.surgery.upcycle import UpcycleOptions
+
+#: Width of the silent shared expert that a family demands and a copy has no use for.
+IDLE_SHARED_WIDTH = 32
+
+
+def target_config(
+    source: Mapping[str, Any],
+    dense: Architecture,
+    form: Architecture,
+    twin: Twin,
+    options: UpcycleOptions,
+) -> dict[str, Any]:
+    """`config.json` of the result.
+
+    Args:
+        source: the dense checkpoint's config.
+        dense, form, twin: the forms of source and target, and how they pair.
+        options: of the upcycle.
+
+    Raises:
+        UnsupportedError: facts of the source without a home in the target, or a layer choice it
+    cannot hold.
+    """
+    stated = state_facts(source, dense)
+    both_dialects(stated, dense)
+    broken = [why for r in twin.requires if (why := r.broken_by(stated))]
+    if broken:
+        raise UnsupportedError(
+            f"{dense.model_type} → {form.model_type} is not exact for this checkpoint",
+            problems=broken,
+            hint="Choose another --target (`moe-compose ls architectures` lists them).",
+        )
+    config = {k: v for k, v in stated.items() if k not in (*twin.drop, "auto_map")}
+    config |= {"architectures": [form.hf_class], "model_type": form.model_type}
+    if options.dtype is not None:
+        config["dtype"] = options.dtype
+    settings = {**twin.config, **(twin.shared_config if options.method == "shared" else {})}
+    for name, value in settings.items():
+        Key(name=name).edit(config, value.get(stated) if isinstance(value, Key) else value)
+    _experts(config, stated, dense, form, options)
+    _layers(config, dense, form, options)
+    both_dialects(config, form)
+    return config
+
+
+def _experts(
+    config: dict[str, Any],
+    stated: Mapping[str, Any],
+    dense: Architecture,
+    form: Architecture,
+    options: UpcycleOptions,
+) -> None:
+    """Counts and widths. A family that needs a shared expert gets a small silent one where the
+    method has no use for it.
+    """
+    width = dense.width.integer(stated)
+    expert_width = width // options.granularity
+    form.num_experts.edit(config, options.num_experts)
+    form.top_k.edit(config, options.top_k)
+    form.expert_width.edit(config, expert_width)
+    if form.shared is None:
+        return
+    wanted = width if options.method == "shared" else 0
+    if not wanted and not form.shared.optional:
+        wanted = expert_width if form.shared.count else min(IDLE_SHARED_WIDTH, width)
+    if form.shared.count is not None:
+        form.shared.count.edit(config, wanted // expert_width)
+    elif form.shared.width.name != form.expert_width.name:
+        form.shared.width.edit(config, wanted)
+    total = form.shared.total_width(config)
+    if options.method == "shared" and total != width:
+        raise UnsupportedError(
+            f"the shared expert of {form.model_type} cannot have the FFN's width ({width}): "
+            f"its config allows {total}",
+            hint="Choose --granularity 1, or another method or target.",
+        )
+
+
+def _layers(
+    config: dict[str, Any], dense: Architecture, form: Architecture, options: UpcycleOptions
+) -> None:
+    count = dense.layers.integer(config)
+    chosen = choose_layers(options.layers, count)
+    sparse = tuple(i in chosen for i in range(count))
+    refusal = form.sparse.refusal(sparse)
+    if refusal is None and not all(sparse) and form.mlp is None:
+        refusal = "this family has no dense layers"
+    if refusal:
+        raise UnsupportedError(
+            f"{form.model_type} cannot hold dense layers as --layers {options.layers} leaves them: {refusal}",
+            hint="Use --layers all, or a target with both kinds, such as qwen2_moe or qwen3_moe.",
+        )
+    form.sparse.edit(config, sparse)
+
+
+def choose_layers(text: str, count: int) -> frozenset[int]:
+    """The layers that `--layers` names: `all`, `every:N` (the last of each N), `A-B`, or numbers,
+    joined by commas.
+
+    Raises:
+        OptionError: not of that form, out of range, or none.
+    """
+    chosen: set[int] = set()
+    for part in text.split(","):
+        part = part.strip()
+        if part == "all":
+            chosen |= set(range(count))
+        elif m := re.fullmatch(r"every:([1-9]\d*)", part):
+            step = int(m[1])
+            chosen |= set(range(step - 1, count, step))
+        elif m := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+            chosen |= set(range(int(m[1]), int(m[2] or m[1]) + 1))
+        else:
+            raise OptionError(
+                f"layers ({text!r}) is none of: all, every:2, 4-11, 1,3,5 (counted from 0)"
+            )
+    if not chosen or max(chosen) >= count:
+        raise OptionError(
+            f"layers ({text!r}) must name at least one of the {count} layers, 0 to {count - 1}"
+        )
+    return frozenset(chosen)
