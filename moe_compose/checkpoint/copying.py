@@ -58,6 +58,8 @@ def os_errors(action: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        if error.filename is not None and os.fsdecode(error.filename) not in action:
+            reason += f": {os.fsdecode(error.filename)}"
         hint = ""
         if error.errno in FULL_DISK:
             hint = "Finished shards are kept: --resume continues after freeing space."

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_compose.checkpoint.copying import PART_SUFFIX, part_of
+from moe_compose.checkpoint.copying import PART_SUFFIX, os_errors, part_of
 from moe_compose.checkpoint.sharding import (
     DIGEST_KEY,
     INDEX_NAME,
@@ -91,22 +91,23 @@ def survey(
         raise OptionError(f"a shard needs at least one byte (--shard-size {shard_size})")
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other", hint=EITHER_HINT)
-    existing = check_path(folder)
-    paths = source_paths(source)
-    check_overlap(source, paths, folder)
-    wanted = _lay_out(source, folder, shard_size, fingerprint(paths))
-    taken = [CONFIG_NAME, INDEX_NAME, STATE_NAME, *(shard.name for shard in wanted.shards)]
-    carried = check_carried(source, folder, taken)
-    found = _Found(wanted, frozenset(source.files))
-    if overwrite:
-        destination = replace(wanted, removed=found.overwritten())
-    elif resume:
-        destination = found.resumed()
-    else:
-        found.refuse_unless_empty()
-        destination = wanted
-    if not destination.finished:
-        _check_space(destination, existing, carried)
+    with os_errors(f"prepare {folder}/"):
+        existing = check_path(folder)
+        paths = source_paths(source)
+        check_overlap(source, paths, folder)
+        wanted = _lay_out(source, folder, shard_size, fingerprint(paths))
+        taken = [CONFIG_NAME, INDEX_NAME, STATE_NAME, *(shard.name for shard in wanted.shards)]
+        carried = check_carried(source, folder, taken)
+        found = _Found(wanted, frozenset(source.files))
+        if overwrite:
+            destination = replace(wanted, removed=found.overwritten())
+        elif resume:
+            destination = found.resumed()
+        else:
+            found.refuse_unless_empty()
+            destination = wanted
+        if not destination.finished:
+            _check_space(destination, existing, carried)
     return destination
 
 
@@ -144,8 +145,6 @@ class _Found:
             self.names = sorted(set(os.listdir(self.folder)) - own)
         except FileNotFoundError:
             self.names = []
-        except OSError as error:
-            raise WriteError(f"cannot list {self.folder}/ ({error.strerror})") from error
         weights = [n for n in self.names if n.endswith(WEIGHTS_SUFFIX) and n not in carried]
         self.digests = {name: _digest_in(self.folder / name) for name in weights}
         self.complete = frozenset(s.name for s in wanted.shards if _is_complete(self.folder, s))

@@ -6,8 +6,9 @@ Readers of this format look for weights in this order, and so does this module:
 2. else `model.safetensors`;
 3. else every `*.safetensors` of the folder, which must not name a tensor twice.
 
-Where readers would disagree, such as on a tensor that lies in a shard but not in the index, the checkpoint is refused. All of it
-works on `Files`, so that a repository on the Hub, of which only a few kilobytes are fetched, is held to the same rules as a folder.
+Where readers would disagree, such as on a tensor that lies in a shard but not in the index, the
+checkpoint is refused. All of it works on `Files`, so that a repository on the Hub, of which only a
+few kilobytes are fetched, is held to the same rules as a folder.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,13 +40,8 @@ from moe_compose.errors import CheckpointError
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_TEMPLATE_FOLDER = "additional_chat_templates"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_NOT_CARRIED = (
-    *(".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".part", ".index.json"),
-    *_PICKLES,
-)
 _MAX_CONFIG_BYTES = 16 << 20
 _FIRST_READ_BYTES = 64 << 10  # most headers are shorter, so that one read, or one request, does
 _SHARD = re.compile(r"(?P<stem>.+)-[0-9]+-of-(?P<total>[0-9]{1,9})\.safetensors")
@@ -84,7 +81,7 @@ class LocalFiles:
 
     @classmethod
     def of(cls, path: Path, label: str) -> LocalFiles:
-        """List a folder: its regular files, and links to such (the Hub's cache is made of links)."""
+        """List a folder: regular files, and links to such (the Hub's cache is made of links)."""
         try:
             with os.scandir(path) as entries:
                 sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
@@ -99,11 +96,11 @@ class LocalFiles:
 def read_pieces(extent: Extent, step: int) -> Iterator[bytearray]:
     """The bytes of an extent in fresh buffers of `step` bytes, the last one shorter.
 
-    The file is open while the pieces are taken, and not longer: each call has a file position of its own, so threads may
-    read the same file.
+    The file is open while the pieces are taken, and not longer. Each call has a file position of
+    its own, so threads may read the same file.
 
     Raises:
-        CheckpointError: the file cannot be read, or is shorter than it was when its header was read.
+        CheckpointError: the file cannot be read, or has become shorter since its header was read.
     """
     name = f"{extent.path.parent.name}/{extent.path.name}"
     try:
@@ -116,7 +113,7 @@ def read_pieces(extent: Extent, step: int) -> Iterator[bytearray]:
                     missing = missing[got:]
                 if missing:
                     raise CheckpointError(
-                        f"{name} ends {len(missing)} bytes too early: it changed since it was opened",
+                        f"{name} ends {len(missing)} bytes too early: it changed after opening",
                         hint="Wait until nothing writes to the folder, and open it again.",
                     )
                 yield piece
@@ -131,18 +128,16 @@ def read_config(files: Files) -> dict[str, Any]:
         CheckpointError: missing, too large, or not one JSON object.
     """
     if CONFIG_NAME not in files.sizes:
-        raise CheckpointError(
-            f"{files.label} holds no {CONFIG_NAME}",
-            hint=_LAYOUT,
-        )
+        raise CheckpointError(f"{files.label} holds no {CONFIG_NAME}", hint=_LAYOUT)
     return load_object(_read_whole(files, CONFIG_NAME, _MAX_CONFIG_BYTES), _at(files, CONFIG_NAME))
 
 
 def read_headers(files: Files) -> dict[str, Header]:
-    """The headers of all files of weights, by file name in natural order, checked against each other and the index.
+    """The headers of all files of weights, by file name in natural order, checked as a whole.
 
     Raises:
-        CheckpointError: no weights, pickles only, an unfinished write, or anything that does not fit together.
+        CheckpointError: no weights, pickles only, an unfinished write, a damaged file, or files
+            that disagree with each other or with the index.
     """
     _refuse_unfinished(files)
     weight_map = None
@@ -151,10 +146,8 @@ def read_headers(files: Files) -> dict[str, Header]:
         weight_map = parse_index(text, _at(files, INDEX_NAME))
     names = _weight_names(files, weight_map)
     headers, problems = {}, []
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for name, found in zip(
-            names, pool.map(lambda n: _try_header(files, n), names), strict=True
-        ):
+    with ThreadPoolExecutor(max_workers=8) as pool:  # eight requests at a time, on the Hub
+        for name, found in zip(names, pool.map(partial(_try_header, files), names), strict=True):
             if isinstance(found, CheckpointError):
                 problems.append(found)
             else:
@@ -169,28 +162,8 @@ def read_headers(files: Files) -> dict[str, Header]:
     return headers
 
 
-def carried_files(folder: Path) -> dict[str, Path]:
-    """What travels along with the weights: tokenizer, chat templates, generation config, card, licence.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        Paths by name relative to the folder, sorted; hidden files and all kinds of weights are left out.
-    """
-    names = set(LocalFiles.of(folder, folder.name).sizes) - {CONFIG_NAME, "validation.json"}
-    templates = folder / _TEMPLATE_FOLDER
-    inside = LocalFiles.of(templates, _TEMPLATE_FOLDER).sizes if templates.is_dir() else {}
-    names |= {f"{_TEMPLATE_FOLDER}/{name}" for name in inside}
-    return {
-        name: folder / name
-        for name in sorted(names)
-        if not name.rpartition("/")[2].startswith(".") and not name.lower().endswith(_NOT_CARRIED)
-    }
-
-
 def _refuse_unfinished(files: Files) -> None:
-    """A folder with the writer's note in it, or with half a file and nothing that says the rest is complete."""
+    """A folder with the writer's note in it, or half a file and no sign of the rest."""
     complete = INDEX_NAME in files.sizes or SINGLE_NAME in files.sizes
     signs = [n for n in files.sizes if n.endswith(".safetensors.part") and not complete]
     signs += [n for n in files.sizes if n == STATE_NAME]
@@ -215,7 +188,7 @@ def _weight_names(files: Files, weight_map: Mapping[str, str] | None) -> list[st
     if not names:
         _raise_no_weights(files)
     if left := _natural(there - names):
-        log.warning("%s: %s left out: %s", files.label, ", ".join(left), reason)
+        log.warning("%s: %s left out: %s", files.label, ", ".join(map(shown, left)), reason)
     return _natural(names)
 
 
@@ -233,7 +206,7 @@ def _incomplete_sets(names: set[str]) -> list[str]:
 
 
 def _raise_no_weights(files: Files) -> None:
-    pickles = [name for name in files.sizes if name.lower().endswith(_PICKLES)]
+    pickles = [name for name in files.sizes if name.lower().endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{files.label} holds weights as pickles only ({', '.join(map(shown, pickles[:3]))}): "
@@ -243,7 +216,7 @@ def _raise_no_weights(files: Files) -> None:
         )
     raise CheckpointError(
         f"{files.label} holds no weights (no *.safetensors among {len(files.sizes)} files)",
-        hint=_LAYOUT,
+        hint=f"{_LAYOUT} Pickles (*.bin, *.pt) are neither downloaded nor read.",
     )
 
 

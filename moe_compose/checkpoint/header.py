@@ -1,16 +1,20 @@
-"""The JSON of a checkpoint: safetensors headers, the index of the shards, and every way in which they can lie.
+"""The JSON of a checkpoint: safetensors headers, the index of the shards, and how they can lie.
 
-A safetensors file is 8 bytes of little-endian length, that many bytes of JSON, then the data of all tensors back to back:
+A safetensors file is 8 bytes of little-endian length, that many bytes of JSON, then the data of all
+tensors back to back:
 
-    {"__metadata__": {"format": "pt"}, "a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...}
+    {"__metadata__": {"format": "pt"},
+     "a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...}
 
-Offsets count from the end of the header. Nothing here opens a file or imports torch: bytes come in, facts come out, so the same
-checks hold for a file on disk and for a header fetched from the Hub. All faults of a header are collected and raised together.
+Offsets count from the end of the header. Nothing here opens a file or imports torch: bytes come in,
+facts come out, so the same checks hold for a file on disk and for a header fetched from the Hub.
+All faults of a header are collected and raised together.
 
-What the safetensors library refuses is refused here too. Refused here as well, because some readers would see something else
-than we do, or because a copy would silently lose it: a name or key given twice, `"__metadata__": null`, fields of a tensor
-beyond the three above, tensors written as lists, and shapes whose sizes overflow although one of them is 0. Accepted here
-only: dtypes that are not known yet. Their bytes can be moved, if not read.
+What the safetensors library refuses is refused here too. Refused besides, because other readers
+would see something else, or because a copy would silently lose it: a name or key given twice,
+`"__metadata__": null`, fields of a tensor beyond the three above, tensors written as lists, space
+before the JSON, and shapes whose sizes overflow although one of them is 0. Accepted here only:
+dtypes that are not known yet. Their bytes can be moved, if not read.
 """
 
 from __future__ import annotations
@@ -48,9 +52,9 @@ class Header:
 
 
 def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data: 8 bytes of little-endian length, then compact JSON, padded with spaces to a multiple of 8.
+    """The bytes before the data: 8 bytes of length, then compact JSON, padded to a multiple of 8.
 
-    The tensors' data is laid out back to back in the order given.
+    The padding is spaces; the tensors' data is laid out back to back in the order given.
 
     Args:
         tensors: what the file will hold, in order.
@@ -100,7 +104,7 @@ def header_length(first: bytes, file_bytes: int, where: str) -> int:
         )
     if length > file_bytes - 8:
         raise CheckpointError(
-            f"{where}: the header ends behind the end of the file ({length} bytes, file {file_bytes})",
+            f"{where}: the header may not be longer than the file ({length} of {file_bytes} bytes)",
             hint="The file is truncated: download or write it again.",
         )
     return length
@@ -111,7 +115,7 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> Header:
 
     Args:
         text: the JSON, padding included, without the 8 bytes before it.
-        file_bytes: size of the whole file: the tensors must fill it exactly, without hole or overlap.
+        file_bytes: size of the whole file: the tensors must fill it, without hole or overlap.
         where: what to call the file in errors.
 
     Raises:
@@ -155,7 +159,7 @@ def parse_index(text: bytes, where: str) -> dict[str, str]:
     weight_map = load_object(text, where).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{where}: `weight_map` must be an object of tensor names and file names ({shown(weight_map)})"
+            f"{where}: `weight_map` must map tensor names to file names ({shown(weight_map)})"
         )
     problems = [
         f"must name a .safetensors file of the same folder ({shown(file)}, for {shown(name)})"
@@ -232,12 +236,12 @@ def shown(value: object) -> str:
 
 
 def _parse_int(digits: str) -> int | float:
-    """Whole numbers as the safetensors library reads them: beyond 64 bits, and -0, they are not whole to it."""
+    """Whole numbers as the safetensors library reads them: to it, -0 and very long ones are not."""
     return float(digits) if len(digits) > 20 or digits == "-0" else int(digits)
 
 
 def _parse_entry(name: str, entry: object) -> tuple[int, int, TensorInfo]:
-    """Begin and end of the data, and the line itself; raises ValueError saying which rule is broken."""
+    """Begin and end of the data, and the line itself; raises ValueError with the broken rule."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         raise ValueError(f"must have dtype, shape and data_offsets, and no more ({shown(entry)})")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -254,7 +258,8 @@ def _parse_entry(name: str, entry: object) -> tuple[int, int, TensorInfo]:
     expected = nbytes_of(dtype, info.shape) if dtype in DTYPE_BITS else info.nbytes
     if info.nbytes != expected:
         raise ValueError(
-            f"{dtype} of shape {shown(shape)} takes {expected} bytes, data_offsets give {info.nbytes}"
+            f"{dtype} of shape {shown(shape)} takes {expected} bytes, "
+            f"data_offsets give {info.nbytes}"
         )
     return begin, end, info
 
@@ -275,7 +280,8 @@ def _cover_problems(spans: Sequence[tuple[int, int, TensorInfo]], data_bytes: in
         if begin != at:
             fault = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
             problems.append(
-                f"tensor {shown(info.name)}: data_offsets [{begin}, {end}] {fault} (must begin at {at})"
+                f"tensor {shown(info.name)}: data_offsets [{begin}, {end}] {fault} "
+                f"(must begin at {at})"
             )
         at = max(at, end)
     if at > data_bytes:

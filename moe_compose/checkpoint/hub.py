@@ -1,9 +1,9 @@
 """Checkpoints on the Hugging Face Hub: downloaded whole, or only looked at through their headers.
 
-Everything goes through huggingface_hub, imported when first needed, so that its cache, its log-in, its mirror (`HF_ENDPOINT`) and its
-offline mode work as people know them. `huggingface_hub.get_safetensors_metadata` is not used: it parses headers with no
-checks at all and throws away what they would need. Here the bytes of the headers are fetched by range requests, and read as those
-of a folder are.
+Everything goes through huggingface_hub, imported when first needed, so that its cache, its log-in,
+its mirror (`HF_ENDPOINT`) and its offline mode work as people know them. Its
+`get_safetensors_metadata` is not used: it checks nothing, and throws away what checks would need.
+Here the bytes of the headers are fetched by range requests and read as those of a folder are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from moe_compose.errors import CheckpointError
 _TEXTS = ("*.json", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*")
 _WEIGHTS = "*.safetensors"
 _WANTED = (_WEIGHTS, *_TEXTS, "*.jinja", "additional_chat_templates/*.jinja")
-# Not what lies in folders (originals, other formats), except chat templates; and not Mistral's second copy of all weights.
+# Nothing that lies in folders (originals, other formats) but chat templates; and not the second
+# copy of all weights that Mistral's repositories hold.
 _UNWANTED = (*(f"*/{pattern}" for pattern in (_WEIGHTS, *_TEXTS)), "consolidated*")
 
 
@@ -48,7 +49,7 @@ class RemoteFiles:
             for file in info.siblings or ()
             if "/" not in file.rfilename and file.size is not None
         }
-        return cls(repo, info.sha or "", label_of(repo, revision), sizes)
+        return cls(repo, info.sha or revision or "main", label_of(repo, revision), sizes)
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
         """Exactly these bytes, by a range request.
@@ -57,20 +58,24 @@ class RemoteFiles:
             CheckpointError: out of reach, or the server gives something else.
         """
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported at run time
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
 
         if nbytes == 0:
             return b""
         wanted = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
         headers = build_hf_headers(headers=wanted)
         url = hf_hub_url(self.repo, name, revision=self.commit)
-        got = b""
+        got = bytearray()
         with (
             _hub_errors(self.repo, self.commit),
             http_stream_backoff("GET", url, headers=headers) as response,
         ):
             hf_raise_for_status(response)
-            # A server that ignores the range sends the file from its start; no more of that is taken than was asked for.
+            # A server that ignores the range sends the file from its start: take what was asked.
             if response.status_code == 206 or offset == 0:
                 for piece in response.iter_bytes():
                     got += piece
@@ -78,14 +83,14 @@ class RemoteFiles:
                         break
         if len(got) < nbytes:
             raise CheckpointError(
-                f"{self.label}/{name}: the server sent {len(got)} of {nbytes} bytes from byte {offset} on",
+                f"{self.label}/{name}: the server sent {len(got)} of {nbytes} bytes at {offset}",
                 hint="Open it without headers_only, to download the whole model.",
             )
-        return got[:nbytes]
+        return bytes(got[:nbytes])
 
 
 def download(repo: str, revision: str | None) -> tuple[Path, str]:
-    """Download a model into the Hub's cache, or find it there; pickles and code stay where they are.
+    """Download a model into the Hub's cache, or find it there; pickles and code are left out.
 
     Returns:
         The folder and its commit.
@@ -136,10 +141,9 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"not a Hub id ({repo!r}): {error}") from error
-    except (
-        Exception
-    ) as error:  # the library lets those of its HTTP client through, and that client has changed
+    except Exception as error:  # those of the HTTP client come through; which client has changed
+        first_line = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"cannot reach {repo} on the Hub ({type(error).__name__}: {str(error).splitlines()[:1]})",
+            f"cannot read {repo} from the Hub ({type(error).__name__}: {first_line})",
             hint="Check the connection and HF_ENDPOINT; or give the path of a folder.",
         ) from error

@@ -116,6 +116,7 @@ class Pipeline:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._workers)]
         threads.append(threading.Thread(target=self._flush, daemon=True))
         try:
+            self._report(self._done, self._current)
             for thread in threads:
                 thread.start()
             while self._unfinished and not self._over.wait(REPORT_SECONDS):
@@ -203,16 +204,20 @@ class Pipeline:
         """
         position, end = placed.offset, placed.offset + placed.info.nbytes
         for piece in self._source.stream(placed.info.name):
-            data = _bytes_of(piece, placed.info)
-            if position + len(data) > end:
+            size = piece.numel() * piece.element_size()
+            if position + size > end:
                 raise _wrong_size(placed.info, "more")
-            for start in range(0, len(data), SLICE_BYTES):
-                with os_errors(f"write {target.path}"):
-                    part = data[start : start + SLICE_BYTES]
-                    self._tick(write_at(target.descriptor, part, position + start))
-            position += len(data)
+            with os_errors(f"write {target.path}"):
+                self._put(_bytes_of(piece, placed.info), target.descriptor, position)
+            position += size
+            del piece  # before the next one is computed
         if position < end:
             raise _wrong_size(placed.info, f"only {position - placed.offset}")
+
+    def _put(self, data: memoryview, descriptor: int, position: int) -> None:
+        for start in range(0, len(data), SLICE_BYTES):
+            part = data[start : start + SLICE_BYTES]
+            self._tick(write_at(descriptor, part, position + start))
 
     def _tick(self, count: int) -> None:
         with self._changed:
@@ -228,10 +233,13 @@ class Pipeline:
                 self._changed.notify_all()
 
     def _next_filled(self) -> _OpenShard | None:
+        """The next shard to flush; those that were filled before an error too."""
         with self._changed:
-            while not self._stop and self._unfinished:
-                if self._filled:
+            while self._unfinished:
+                if self._filled and (self._error is not None or not self._stop):
                     return self._filled[0]
+                if self._stop:
+                    return None
                 self._changed.wait()
             return None
 

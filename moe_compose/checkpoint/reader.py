@@ -1,8 +1,9 @@
 """Checkpoint: a folder or a model of the Hub as a source of tensors.
 
-Opening reads `config.json`, the index and the safetensors headers, and checks them against each other and against the sizes of
-the files; it reads no weights and does not import torch. Values are read into fresh buffers: a memory map would be shorter, but its
-pages count as resident until the system wants them back, and streaming a large model must not look like holding it.
+Opening reads `config.json`, the index and the safetensors headers, and checks them against each
+other and against the sizes of the files; it reads no weights and does not import torch. Values are
+read into fresh buffers: a memory map would be shorter, but its pages count as resident until the
+system wants them back, and streaming a large model must not look like holding it.
 
 Pickles are never opened, and code that comes with a checkpoint is never run.
 """
@@ -21,9 +22,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.checkpoint.folder import (
+    CONFIG_NAME,
+    PICKLES,
     Files,
     LocalFiles,
-    carried_files,
     read_config,
     read_headers,
     read_pieces,
@@ -35,6 +37,11 @@ from moe_compose.errors import CheckpointError, OptionError
 if TYPE_CHECKING:
     import torch
 
+_TEMPLATE_FOLDER = "additional_chat_templates"
+_NOT_CARRIED = (
+    *(".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".part", ".index.json"),
+    *PICKLES,
+)
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@]+))?", re.ASCII)
 _LOOKS_LIKE_PATH = re.compile(r"[./~]|.*[/\\]$|[A-Za-z]:|.*\\", re.DOTALL)
 
@@ -47,10 +54,12 @@ class Checkpoint:
         label: the folder's name or the Hub id.
         config: `config.json` as it is.
         tensors: every tensor by name, file after file, in the order of the data.
-        files: what travels along with the weights, by name relative to the folder; empty when only headers were fetched.
+        files: what travels along with the weights, by name relative to the folder; empty when only
+            headers were fetched.
         path: the folder; None when only headers were fetched.
         revision: the commit on the Hub; None for a folder that was given as one.
-        weight_files: the safetensors files, in the order of `tensors`; empty when only headers were fetched.
+        weight_files: the safetensors files, in the order of `tensors`; empty when only headers were
+            fetched.
     """
 
     label: str
@@ -69,28 +78,30 @@ class Checkpoint:
         """Open a folder, or a model of the Hub.
 
         Args:
-            path_or_id: a folder; or, where there is no such folder, `org/name` or `org/name@revision`.
+            path_or_id: a folder; where there is none, `org/name` or `org/name@revision` on the Hub.
             revision: branch, tag or commit on the Hub.
-            headers_only: of a model on the Hub, fetch config and headers only, some kilobytes, instead of downloading it
-                into the Hub's cache: enough to inspect and to plan, not to read values. Makes no difference to a folder.
+            headers_only: of a model on the Hub, fetch config and headers only, some kilobytes,
+                instead of downloading it into the Hub's cache: enough to inspect and to plan, not
+                to read values. Makes no difference to a folder.
 
         Returns:
             The checkpoint; every header checked, no weights read.
 
         Raises:
-            CheckpointError: not there, out of reach, not a checkpoint, pickles only, damaged, or hostile.
+            CheckpointError: missing, out of reach, no checkpoint, pickles only, damaged, hostile.
             OptionError: a revision for a folder, or two different ones.
 
         Example:
-            >>> Checkpoint.open("Qwen/Qwen3-0.6B").tensors["model.norm.weight"].shape  # doctest: +SKIP
+            >>> dense = Checkpoint.open("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+            >>> dense.tensors["model.norm.weight"].shape  # doctest: +SKIP
             (1024,)
         """
         folder = Path(os.path.abspath(os.path.expanduser(path_or_id)))
-        if os.fspath(path_or_id) and folder.is_dir():
+        if os.path.isdir(folder) and os.fspath(path_or_id):
             if revision is not None:
                 raise OptionError(f"a folder has no revisions ({revision!r} for {path_or_id})")
             return cls._of(LocalFiles.of(folder, folder.name or "/"), None)
-        repo, revision = _hub_id(path_or_id, revision)
+        repo, revision = _hub_id(path_or_id, folder, revision)
         from moe_compose.checkpoint import hub
 
         if headers_only:
@@ -101,8 +112,8 @@ class Checkpoint:
 
     @classmethod
     def _of(cls, files: Files, revision: str | None) -> Checkpoint:
-        config = read_config(files)
         headers = read_headers(files)
+        config = read_config(files)
         tensors, extents = {}, {}
         for file, header in headers.items():
             for info, offset in zip(header.tensors, header.offsets, strict=True):
@@ -113,7 +124,7 @@ class Checkpoint:
             label=files.label,
             config=MappingProxyType(config),
             tensors=MappingProxyType(tensors),
-            files=MappingProxyType({} if files.path is None else carried_files(files.path)),
+            files=MappingProxyType({} if files.path is None else _carried_files(files.path)),
             path=files.path,
             revision=revision,
             weight_files=() if files.path is None else tuple(files.path / file for file in headers),
@@ -129,7 +140,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def digest(self) -> str:
-        """Hex SHA-256 of config, and names, dtypes and shapes of all tensors; the same however they are sharded."""
+        """Hex SHA-256 of config, names, dtypes and shapes; the same however they are sharded."""
         known = {
             "config": dict(self.config),
             "tensors": {info.name: [info.dtype, info.shape] for info in self.tensors.values()},
@@ -147,10 +158,10 @@ class Checkpoint:
         return (self._extents[name],) if name in self._extents else None
 
     def stream(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor's values as flat pieces of at most `CHUNK_BYTES`, in order; none for an empty tensor.
+        """The tensor's values as flat pieces of at most `CHUNK_BYTES`; none for an empty tensor.
 
         Raises:
-            CheckpointError: no such tensor, not downloaded, unreadable, or of a dtype that torch does not hold.
+            CheckpointError: no such tensor, not downloaded, unreadable, or foreign to torch.
         """
         import torch
 
@@ -163,15 +174,16 @@ class Checkpoint:
         """The whole tensor, in its shape and dtype, on the CPU.
 
         Raises:
-            CheckpointError: no such tensor, not downloaded, unreadable, or of a dtype that torch does not hold.
+            CheckpointError: no such tensor, not downloaded, unreadable, or foreign to torch.
         """
         import torch
 
         info, extent = self._on_disk(name)
         dtype = torch_dtype(info.dtype)
-        for piece in read_pieces(extent, max(extent.nbytes, 1)):
-            return torch.frombuffer(piece, dtype=dtype).reshape(info.shape)
-        return torch.empty(info.shape, dtype=dtype)
+        if extent.nbytes == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        [piece] = read_pieces(extent, extent.nbytes)
+        return torch.frombuffer(piece, dtype=dtype).reshape(info.shape)
 
     def _on_disk(self, name: str) -> tuple[TensorInfo, Extent]:
         info = self._info(name)
@@ -192,17 +204,36 @@ class Checkpoint:
         )
 
 
-def _hub_id(path_or_id: str | Path, revision: str | None) -> tuple[str, str | None]:
+def _carried_files(folder: Path) -> dict[str, Path]:
+    """What travels along with the weights: tokenizer, chat templates, card, licence, ...
+
+    Paths by name relative to the folder, sorted; without hidden files and weights of any kind.
+    """
+    names = set(LocalFiles.of(folder, folder.name).sizes) - {CONFIG_NAME, "validation.json"}
+    templates = folder / _TEMPLATE_FOLDER
+    inside = LocalFiles.of(templates, _TEMPLATE_FOLDER).sizes if templates.is_dir() else {}
+    names |= {f"{_TEMPLATE_FOLDER}/{name}" for name in inside}
+    return {
+        name: folder / name
+        for name in sorted(names)
+        if not name.rpartition("/")[2].startswith(".") and not name.lower().endswith(_NOT_CARRIED)
+    }
+
+
+def _hub_id(path_or_id: str | Path, folder: Path, revision: str | None) -> tuple[str, str | None]:
     """Repository and revision; raises for what must have been meant as a folder."""
     given = os.fspath(path_or_id)
-    match = _HUB_ID.fullmatch(given)
-    if os.path.lexists(given) and given:
+    if given and os.path.lexists(folder):
         raise CheckpointError(
             f"a checkpoint is a folder, {given} is none",
             hint="Give the folder that holds config.json and the *.safetensors files.",
         )
     if isinstance(path_or_id, Path) or _LOOKS_LIKE_PATH.match(given):
-        raise CheckpointError(f"there is no folder {given}")
+        raise CheckpointError(
+            f"there is no folder {given}",
+            hint="Check the path; models on the Hub are given as org/name.",
+        )
+    match = _HUB_ID.fullmatch(given)
     if match is None:
         raise CheckpointError(
             f"neither a folder nor a Hub id ({shown(given)})",

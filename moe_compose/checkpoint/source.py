@@ -1,7 +1,9 @@
-"""What a checkpoint is to the rest of the package: a config, named tensors, and a way to get at their bytes.
+"""What a checkpoint is to the rest of the package: a config, named tensors, and a way to get at
+their bytes.
 
-Nothing here knows what is *in* a checkpoint, and nothing imports torch until values are asked for: shapes, dtypes and byte
-ranges are enough to plan surgery and to carry it out wherever bytes only move.
+Nothing here knows what is *in* a checkpoint, and nothing imports torch until values are asked for:
+shapes, dtypes and byte ranges are enough to plan surgery and to carry it out wherever bytes only
+move.
 """
 
 from __future__ import annotations
@@ -17,16 +19,19 @@ from moe_compose.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-#: Bits of one element, by the dtype's name in a safetensors header. A dtype that is not here can still be copied as bytes.
+#: Bits of one element, by the dtype's name in a safetensors header. A dtype that is not here can
+#: still be copied as bytes.
 DTYPE_BITS: Mapping[str, int] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
-#: The dtypes that arithmetic is defined on, and their names in torch. Everything else is only ever moved.
+#: The dtypes that arithmetic is defined on, and their names in torch. Everything else is only ever
+#: moved.
 FLOAT_DTYPES: Mapping[str, str] = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -37,13 +42,16 @@ FLOAT_DTYPES: Mapping[str, str] = {
 #: All dtypes whose values torch can hold.
 TORCH_DTYPES: Mapping[str, str] = {
     **FLOAT_DTYPES,
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U16": "uint16",
-    "U32": "uint32", "U64": "uint64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+    "BOOL": "bool", "C64": "complex64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 
-#: Bytes that a stream hands over at a time: large enough that Python's share is small, small enough to forget.
-CHUNK_BYTES = 16 << 20
+#: Bytes that a stream hands over at a time: large enough that Python's share is small, small enough
+#: to forget.
+CHUNK_BYTES = 32 << 20
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
@@ -65,7 +73,8 @@ def torch_dtype(dtype: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name; imports torch.
 
     Raises:
-        CheckpointError: torch has no such dtype. Such tensors can be copied and selected from, not computed with.
+        CheckpointError: torch has no such dtype. Such tensors can be copied and selected from, not
+    computed with.
     """
     import torch
 
@@ -79,7 +88,9 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A line of a safetensors header: name, dtype (safetensors' spelling), shape, and size in bytes."""
+    """A line of a safetensors header: name, dtype (safetensors' spelling), shape, and size in
+    bytes.
+    """
 
     name: str
     dtype: str
@@ -106,7 +117,9 @@ class Extent:
 
 
 class TensorSource(Protocol):
-    """Anything tensors can be read from. A `Checkpoint` is one, and so is a `Plan` that was never written."""
+    """Anything tensors can be read from. A `Checkpoint` is one, and so is a `Plan` that was never
+    written.
+    """
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -118,20 +131,30 @@ class TensorSource(Protocol):
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """Files that are neither weights, nor their index, nor the config: tokenizer, generation config, card, licence."""
+        """Files that are neither weights, nor their index, nor the config: tokenizer, generation
+        config, card, licence.
+        """
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Local files that values are read from."""
 
     @property
     def label(self) -> str:
         """What people call it: the folder's name or the Hub id. Never an absolute path."""
 
     def digest(self) -> str:
-        """Hex SHA-256 of what can be known without reading weights: config, and names, dtypes and shapes of all tensors."""
+        """Hex SHA-256 of what can be known without reading weights: config, and names, dtypes and
+        shapes of all tensors.
+        """
 
     def extents(self, name: str) -> tuple[Extent, ...] | None:
         """Where the tensor's bytes lie, in order; None when its values must be computed first."""
 
     def stream(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor's values as flat pieces, in order, each at most about `CHUNK_BYTES` where the source allows it."""
+        """The tensor's values as flat pieces, in order, each at most about `CHUNK_BYTES` where the
+        source allows it.
+        """
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in its shape and dtype, on the CPU."""

@@ -22,7 +22,7 @@ SPACE_MARGIN = 4 << 20
 
 
 def source_paths(source: TensorSource) -> tuple[Path, ...]:
-    """Every file that bytes will be copied from, in order of first use.
+    """Every file that bytes will be copied from, in order of first use, then those only read.
 
     Raises:
         PlanError: a tensor's bytes on the disk are not as many as it declares.
@@ -39,6 +39,7 @@ def source_paths(source: TensorSource) -> tuple[Path, ...]:
         paths.update((extent.path, None) for extent in extents)
     if problems:
         raise PlanError("every tensor must be as large as it declares", problems=problems)
+    paths.update((path, None) for path in source.weight_files)
     return tuple(paths)
 
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: any tensor source becomes a folder that every reader of the format can open.
+"""Writing a checkpoint: any tensor source becomes a folder that any reader of the format opens.
 
 Nothing is assembled in memory first. The layout of all files follows from names, dtypes and shapes;
 what is unchanged is moved from file to file by the kernel, what is new is computed one tensor at a
@@ -8,7 +8,7 @@ config is reinterpreted on the way.
 The order on the disk is what makes a write safe to interrupt anywhere, even by pulling the plug:
 
 1. a state file says what is being written and from what, and keeps other writers out;
-2. `config.json` and the files that travel along;
+2. `config.json`, the files that travel along, and those made for the result;
 3. the shards, each under a temporary name until all of it is on the disk;
 4. the index, without which a sharded folder is no checkpoint;
 5. the state file goes.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,9 +84,8 @@ def check_destination(
             written to.
     """
     folder = Path(folder).expanduser()
-    found = survey(source, folder, shard_size=shard_size, resume=resume, overwrite=overwrite)
     refuse_if_locked(folder)
-    return found
+    return survey(source, folder, shard_size=shard_size, resume=resume, overwrite=overwrite)
 
 
 def write(
@@ -98,6 +97,7 @@ def write(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    documents: Mapping[str, bytes] | None = None,
 ) -> Checkpoint:
     """Write a tensor source into a folder as a checkpoint.
 
@@ -115,6 +115,7 @@ def write(
             complete stay.
         overwrite: replace the checkpoint, or the unfinished write, that is there. Other files stay.
         progress: called from this thread, about ten times a second.
+        documents: small files made for this checkpoint, such as its card: name → content.
 
     Returns:
         The checkpoint that was written, opened.
@@ -140,18 +141,18 @@ def write(
             except BaseException:
                 state.discard_if_empty()
                 raise
-            _fill(destination, source, state, workers, progress)
+            _write_small(destination, source, state, documents or {})
+            _write_weights(destination, source, state, workers, progress)
     return Checkpoint.open(folder)
 
 
-def _fill(
+def _write_small(
     destination: Destination,
     source: TensorSource,
     state: StateFile,
-    workers: int,
-    progress: Callable[[Progress], None] | None,
+    documents: Mapping[str, bytes],
 ) -> None:
-    """Write everything that is not there yet, in the order that the module's docstring gives."""
+    """Everything that comes before the weights, in the order that the module's docstring gives."""
     folder = destination.folder
     if destination.removed:
         state.record(replace(destination.state, removing=True))
@@ -160,6 +161,19 @@ def _fill(
     write_file(folder / CONFIG_NAME, destination.config)
     for name, path in source.files.items():
         write_file(folder / name, path)
+    for name, content in documents.items():
+        write_file(folder / name, content)
+
+
+def _write_weights(
+    destination: Destination,
+    source: TensorSource,
+    state: StateFile,
+    workers: int,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """The shards that are not there yet, and the index."""
+    folder = destination.folder
 
     def report(done: int, shard: str) -> None:
         if progress is not None:

@@ -1,8 +1,8 @@
 """A small `TensorSource` made of explicit parts, and a program that writes one, to be killed.
 
-Test modules load it with `runpy`, as tests are no package; run as a program it never imports torch:
+Run as a program, to be killed or interrupted, it never imports torch:
 
-    python tests/checkpoint/toy_source.py SOURCE OUT SHARD_SIZE [resume]
+    python tests/support/toy_source.py SOURCE OUT SHARD_SIZE [resume]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class ToySource:
     computed: dict[str, Callable[[], Iterator[Any]]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=lambda: {"model_type": "toy"})
     files: dict[str, Path] = field(default_factory=dict)
+    weight_files: tuple[Path, ...] = ()
     label: str = "toy"
 
     def digest(self) -> str:
@@ -70,6 +71,12 @@ def byte_source(folder: Path, *, tensors: int = 8, nbytes: int = 1000) -> ToySou
         info = TensorInfo.of(f"layers.{i}.weight", "U8", (nbytes,))
         source.copy(info, Extent(data, i * nbytes, nbytes))
     return source
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
 
 
 def main(folder: str, out: str, shard_size: str, *flags: str) -> None:
