@@ -1,4 +1,7 @@
-"""The families that moe-compose knows, each as one declarative record. `find(config)` gives a checkpoint's."""
+"""The families that moe-compose knows, each as one declarative record.
+
+`find(config)` gives a checkpoint's.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,13 @@ from moe_compose.architectures.family import Architecture, MoE, Twin
 __all__ = ["Architecture", "MoE", "Twin", "all_architectures", "find", "targets_of"]
 
 #: Modules that hold families; every `Architecture` in them is one.
-_MODULES = ("mixtral", "qwen", "olmo", "granite")
+_MODULES = (
+    *("mixtral", "qwen", "olmo", "granite"),
+    *("deepseek", "glm", "dots", "solar", "axk1", "mimo", "exaone", "beam", "kimi", "ernie"),
+    *("hunyuan", "minimax", "phi", "qwen_next", "mellum", "flint", "kolibri", "laguna", "afmoe"),
+    *("lfm", "jamba", "gpt_oss", "llama4", "dbrx", "jetmoe", "aria", "cohere", "nemotron"),
+    *("gemma4", "zaya", "longcat"),
+)
 
 
 @cache
@@ -21,8 +30,8 @@ def all_architectures() -> Mapping[str, Architecture]:
     found: dict[str, Architecture] = {}
     for name in _MODULES:
         module = import_module(f"moe_compose.architectures.{name}")
-        forms = {id(v): v for v in vars(module).values() if isinstance(v, Architecture)}
-        for form in forms.values():
+        public = (v for name, v in vars(module).items() if not name.startswith("_"))
+        for form in {id(v): v for v in public if isinstance(v, Architecture)}.values():
             if found.setdefault(form.model_type, form) is not form:
                 raise AssertionError(f"two forms for {form.model_type}")
     return found

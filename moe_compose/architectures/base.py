@@ -1,15 +1,17 @@
 """The form that every model family fills in.
 
-A family is *data*: where its tensors lie on disk, what its config keys are called, how it routes, which layers are sparse, and
-which dense families have the same mathematics around the FFN. Operations ask the form; none of them knows a family by name.
-A family that needs something new gets a new field here.
+A family is *data*: where its tensors lie on disk, what its config keys are called, how it routes,
+which layers are sparse, and which dense families have the same mathematics around the FFN.
+Operations ask the form; none of them knows a family by name. A family that needs something new gets
+a new field here.
 
-Templates: `{i}` is the decoder layer, `{e}` the expert. Shapes: E experts, F expert width, D model width.
+Templates: `{i}` is the decoder layer, `{e}` the expert. Shapes: E experts, F expert width, D model
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -25,11 +27,12 @@ class Key:
 
     Attributes:
         name: the published name; a dot descends into a nested object (`ffn_config.moe_top_k`).
-        aliases: other names the family has had. Read when `name` is absent; all of them are written.
+        aliases: other names the family has had. Read when `name` is absent; all of them are
+            written.
         default: what the family's config class takes when the entry is absent.
         values: translates the stored value to the form's word for it.
-        count_of: the entry is a list of words, one per layer, and how often this one occurs is meant; with `""`, how long
-            the list is. A number is taken as it is.
+        count_of: the entry is a list of words, one per layer, and how often this one occurs is
+            meant; with `""`, how long the list is. A number is taken as it is.
     """
 
     name: str
@@ -85,19 +88,39 @@ class Key:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Computed(Key):
+    """A number or list that follows from several entries (`head_dim ** -0.5`); stands wherever a
+    `Key` does, to be read.
+
+    Attributes:
+        name: the formula in words, or the entry that usually holds it.
+        formula: what the config class, or the modelling code, computes.
+    """
+
+    formula: Callable[[Mapping[str, Any]], Any]
+
+    def get(self, config: Mapping[str, Any]) -> Any:
+        return self.formula(config)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Matrices:
     """A feed-forward network on disk: its matrices' names and how they lie.
 
     Per expert (names with `{e}`) and dense: `gate, up: [F, D]`, `down: [D, F]`, `gate_up: [2F, D]`.
-    Stacked (no `{e}` in an expert's name): a leading `E`. `transposed`: the last two dimensions swapped.
+    Stacked (no `{e}` in an expert's name): a leading `E`. `transposed`: the last two dimensions
+    swapped.
     `flat`: stacked along rows instead, `[E·F, D]` for all three (DBRX).
 
     Attributes:
-        gate, up, down, gate_up: name templates; a fused `gate_up` replaces the first two; without both, the FFN is not gated.
+        gate, up, down, gate_up: name templates; a fused `gate_up` replaces the first two; without
+            both, the FFN is not gated.
         transposed: `[in, out]` instead of `[out, in]`.
-        interleaved: gate and up alternate along the fused dimension instead of following one another.
+        interleaved: gate and up alternate along the fused dimension instead of following one
+            another.
         flat: see above.
-        biases: name templates of bias vectors, one for each of `names`: `[out]`, or `[E, out]` when stacked.
+        biases: name templates of bias vectors, one for each of `names`: `[out]`, or `[E, out]`
+            when stacked.
     """
 
     down: str
@@ -122,7 +145,9 @@ class Matrices:
     def shapes(
         self, width: int, hidden: int, experts: int | None = None
     ) -> dict[str, tuple[int, ...]]:
-        """Template → shape of each weight and bias; `experts` where they are stacked, None otherwise."""
+        """Template → shape of each weight and bias; `experts` where they are stacked, None
+        otherwise.
+        """
         rows = {
             self.gate: (width, hidden),
             self.up: (width, hidden),
@@ -130,7 +155,7 @@ class Matrices:
         }
         rows[self.down] = (hidden, width)
         if self.flat:
-            return {name: ((experts or 1) * width, hidden) for name in self.names}
+            return dict.fromkeys(self.names, ((experts or 1) * width, hidden))
         lead = () if experts is None else (experts,)
         shapes = {n: lead + (rows[n][::-1] if self.transposed else rows[n]) for n in self.names}
         outs = [rows[n][:1] for n in self.names]
@@ -143,14 +168,15 @@ class RouterTensor:
 
     Attributes:
         name: template.
-        kind: what it does; `weight` is `[E, D]`, the others `[E]`. `other` is router machinery without an expert dimension;
-            `table` maps token ids to expert ids (DeepSeek-V4) and must be rewritten when experts move.
+        kind: what it does; `weight` is `[E, D]`, the others `[E]`. `other` is router machinery
+            without an expert dimension; `table` maps token ids to expert ids (DeepSeek-V4) and must
+            be rewritten when experts move.
         dim: which dimension counts experts.
         lead: leading dimensions of size 1 (`[1, E]` in ERNIE: lead=1, dim=1).
         dtype: stored so whatever the checkpoint's dtype (correction biases are fp32).
         optional: may be absent from a checkpoint of the family, or from some of its layers.
         when: config entry without which the tensor does not exist.
-        width: config key of the columns of `weight` where they are not D (ZAYA routes from a narrower state).
+        width: config key of the columns of `weight` where they are not D (ZAYA).
     """
 
     name: str
@@ -175,7 +201,8 @@ class SharedExperts:
         matrices: where they lie.
         width: config key of the width of one.
         count: config key of how many; they are stored as one of width `count × width`.
-        gate: template of the `[1, D]` row whose sigmoid scales their output (Qwen2-MoE); empty where they are simply added.
+        gate: template of the `[1, D]` row whose sigmoid scales their output (Qwen2-MoE); empty
+            where they are simply added.
         average: the sum with the routed output is halved (Cohere).
         optional: a total width of 0 is a proper member of the family, in every engine.
     """
@@ -193,7 +220,8 @@ class SharedExperts:
         return count * self.width.integer(config)
 
 
-#: How logits become the scores by which experts are chosen and weighted. See `moe_compose.routing` for the formulas.
+#: How logits become the scores by which experts are chosen and weighted. See `moe_compose.routing`
+#: for the formulas.
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus", "topk_softmax", "topk_sigmoid", "sparsemixer"]
 
 
@@ -202,20 +230,24 @@ class Routing:
     """How one router turns logits into experts and weights; the schemes of `moe_compose.routing`.
 
     Attributes:
-        score: `softmax`, `sigmoid`, `sqrtsoftplus` over all experts and then top-k; `topk_softmax`, `topk_sigmoid`: top-k of
-            the logits, then the function over the chosen; `sparsemixer`: PhiMoE's masked softmax per pick.
+        score: `softmax`, `sigmoid`, `sqrtsoftplus` over all experts and then top-k; `topk_softmax`,
+            `topk_sigmoid`: top-k of the logits, then the function over the chosen; `sparsemixer`:
+            PhiMoE's masked softmax per pick.
         renormalise: the k weights are divided by their sum, or by their `norm_p`-norm.
         epsilon: added to that sum (1e-20 in DeepSeek-V3, 1e-6 in LFM2).
         floor: lower bound of that sum (ERNIE's `moe_norm_min`).
         norm_p: order of the norm that `renormalise` divides by (DBRX); None where it is the sum.
         scale: `routed_scaling_factor`, after renormalisation.
         logit_bias: a bias is part of the logits (gpt-oss).
-        selection_bias: a correction bias is added for choosing, not for weighting: to the scores, or to the logits where
-            the top-k is of the logits (kolibri).
-        groups, top_groups: experts are in `groups` equal groups, of which the best `top_groups` stay eligible.
-        group_score: a group's worth: its `max`, or the sum of its `top2`; `none`: groups are ignored (DeepSeek-V2's `greedy`).
+        selection_bias: a correction bias is added for choosing, not for weighting: to the scores,
+            or to the logits where the top-k is of the logits (kolibri).
+        groups, top_groups: experts are in `groups` equal groups, of which the best `top_groups`
+            stay eligible.
+        group_score: a group's worth: its `max`, or the sum of its `top2`; `none`: groups are
+            ignored (DeepSeek-V2's `greedy`).
         softcap: logits become `cap·tanh(logits/cap)` first; not with None or 0.
-        jitter: how close to the best a logit must be to share its softmax (`sparsemixer`; PhiMoE's `router_jitter_noise`).
+        jitter: how close to the best a logit must be to share its softmax (`sparsemixer`; PhiMoE's
+            `router_jitter_noise`).
         expert_scale: the weights are multiplied by a learned scale per expert (Gemma 4).
         applied_to: the weight multiplies the expert's `output`, or its `input` (Llama 4).
         hashed_layers: so many first layers route by a table of token ids (DeepSeek-V4).
@@ -245,7 +277,9 @@ class Routing:
 
     @property
     def sums_to(self) -> float | None:
-        """What the k weights sum to for every token (up to `epsilon`); None when that depends on the router."""
+        """What the k weights sum to for every token (up to `epsilon`); None when that depends on
+        the router.
+        """
         if self.score == "topk_softmax" or (self.renormalise and self.norm_p in (None, 1, 1.0)):
             return None if self.expert_scale else self.scale
         return None

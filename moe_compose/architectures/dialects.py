@@ -21,28 +21,31 @@ CONFIG_DTYPES: Mapping[str, str] = {
     "BF16": "bfloat16",
 }
 
+#: Entries of `rope_parameters` that the old dialect keeps beside `rope_scaling`.
+_BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
+
 
 def state_facts(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """`config` with everything written out that its family's class would assume.
 
-    Needed when a checkpoint changes family: the new class assumes other things.
+    Needed when a checkpoint changes family: the new class assumes other things. A fact that follows
+    from other entries also replaces a null, which classes take to mean the same.
     """
     stated = dict(config)
     for name, default in architecture.facts.items():
-        if name == "rope_theta" and "rope_theta" in (stated.get("rope_parameters") or {}):
+        if name in _BESIDE_SCALING and name in _scaling(config):
             continue
-        if name not in stated:
-            stated[name] = default.get(config) if isinstance(default, Key) else default
+        if isinstance(default, Key):
+            if stated.get(name) is None:
+                stated[name] = default.get(config)
+        elif name not in stated:
+            stated[name] = default
     return stated
 
 
-def _flat_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`rope_parameters` when it is one set for all layers; None when absent or kept per layer type.
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
-        return None
-    return dict(rope)
+def rope_per_layer_type(config: Mapping[str, Any]) -> bool:
+    """Whether each layer type has rope parameters of its own."""
+    return any(isinstance(v, Mapping) for v in _scaling(config).values())
 
 
 def both_dialects(config: dict[str, Any], architecture: Architecture) -> None:
@@ -53,36 +56,30 @@ def both_dialects(config: dict[str, Any], architecture: Architecture) -> None:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = dtype
-    if architecture.per_layer_rope:
+    if architecture.per_layer_rope or rope_per_layer_type(config):
         return
-    rope = _flat_rope(config)
-    if rope is not None:
-        _old_from_new(config, rope)
-    elif "rope_parameters" not in config or config["rope_parameters"] is None:
-        _new_from_old(config)
-
-
-def _old_from_new(config: dict[str, Any], rope: dict[str, Any]) -> None:
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if theta is not None:
-        rope["rope_theta"] = config["rope_theta"] = theta
-    rope.setdefault("rope_type", "default")
-    partial = rope.get("partial_rotary_factor")
-    if partial is not None:
-        config["partial_rotary_factor"] = partial
-    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    rope = _rope(config)
+    if rope is None:
+        return
     config["rope_parameters"] = rope
+    config.update({name: rope[name] for name in _BESIDE_SCALING if name in rope})
+    scaling = {k: v for k, v in rope.items() if k not in _BESIDE_SCALING}
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
 
 
-def _new_from_old(config: dict[str, Any]) -> None:
-    if config.get("rope_theta") is None and config.get("rope_scaling") is None:
-        return
-    scaling = dict(config.get("rope_scaling") or {})
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    rope: dict[str, Any] = {}
-    if config.get("rope_theta") is not None:
-        rope["rope_theta"] = config["rope_theta"]
-    if config.get("partial_rotary_factor") is not None:
-        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
-    config["rope_parameters"] = rope | scaling
+def _scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The mapping that transformers reads: `rope_scaling` goes before `rope_parameters`."""
+    found = config.get("rope_scaling") or config.get("rope_parameters")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """One set of rope parameters in the new dialect; None when the config names none."""
+    rope = dict(_scaling(config))
+    for name in _BESIDE_SCALING:
+        if rope.get(name) is None and config.get(name) is not None:
+            rope[name] = config[name]
+    if not rope:
+        return None
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope

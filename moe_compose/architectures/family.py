@@ -10,7 +10,7 @@ raised).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_compose.architectures.base import (
@@ -46,6 +46,21 @@ class Require:
         if all(v in self.allowed for v in found):
             return None
         return f"{self.key.name} ({value!r}) has no home in the target: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portable:
+    """A config entry that engines other than transformers read differently, or not at all.
+
+    Attributes:
+        key: the entry.
+        allowed: values that mean the same everywhere.
+        breaks: which engines any other value breaks, and whether silently.
+    """
+
+    key: Key
+    allowed: tuple[Any, ...]
+    breaks: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +110,8 @@ class Twin:
         drop: source entries that mean nothing, or something else, in the target.
         requires: facts without which the pair is not exact.
         renames: source template → target template, for non-FFN tensors whose names differ.
+        copies: source template → template of a second tensor in the target that starts equal (a
+            norm that the experts get for themselves).
         splits: fused tensors that the target stores apart.
         interleave: templates of q and k projections whose rows change from half-split to
             interleaved rotary order (ERNIE).
@@ -110,6 +127,7 @@ class Twin:
     drop: tuple[str, ...] = ()
     requires: tuple[Require, ...] = ()
     renames: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()
     interleave: tuple[str, ...] = ()
     fills: tuple[Fill, ...] = ()
@@ -138,6 +156,8 @@ class Architecture:
             what the model computes.
         per_layer_rope: rope parameters are kept per layer type; there is only one dialect of them.
         twins: dense families that this one can be grown from.
+        without_experts: the form of a checkpoint of this family whose config turns experts off in
+            every layer, and which then is a dense model (Granite 4, Gemma 4).
         zero_experts: rows of the router, after the experts' own, that stand for no FFN at all
             (LongCat, ZAYA).
         expert_hidden: config key of the experts' input width where it may not be D (Nemotron's
@@ -150,6 +170,8 @@ class Architecture:
             checkpoint has.
         read_only: why experts of this family can be counted and no more; empty where they can be
             operated on.
+        portable: entries that other engines read differently.
+        sparse_only: which engines a dense layer breaks; empty where dense layers work everywhere.
         note: anything a reader should know.
     """
 
@@ -173,12 +195,15 @@ class Architecture:
     facts: Mapping[str, Any] = field(default_factory=dict)
     per_layer_rope: bool = False
     twins: tuple[Twin, ...] = ()
+    without_experts: Architecture | None = None
     zero_experts: int | Key = 0
     expert_hidden: Key | None = None
     parallel_mlp: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)
     layouts: tuple[Architecture, ...] = ()
     read_only: str = ""
+    portable: tuple[Portable, ...] = ()
+    sparse_only: str = ""
     note: str = ""
 
     @property
@@ -207,6 +232,18 @@ class Architecture:
             expert_hidden=(latent.get(config) or hidden) if latent else hidden,
         )
 
+    def renamed(self, names: Mapping[str, str]) -> Architecture:
+        """The same family with other beginnings of the tensors' names, as one of its `layouts`."""
+        fields = ("mlp", "experts", "router", "shared", "mtp", "embedding", "head", "parts")
+        return replace(self, **{f: _renamed(getattr(self, f), names) for f in fields})
+
+    def of(self, config: Mapping[str, Any]) -> Architecture:
+        """This form, or `without_experts` where `config` turns them off."""
+        dense = self.without_experts
+        if dense is None or any(self.sparse.sparse(config, self.layers.integer(config))):
+            return self
+        return dense
+
     def twin_of(self, dense: str) -> Twin | None:
         """The pair with a dense family, if there is an exact one."""
         return next((t for t in self.twins if t.dense == dense), None)
@@ -219,7 +256,9 @@ class Architecture:
         moe = self.moe(config)
         rows = moe.num_experts + moe.zero_experts
         shapes = {
-            t.name.format(i=layer): t.shape(rows, t.width.integer(config) if t.width else moe.hidden)
+            t.name.format(i=layer): t.shape(
+                rows, t.width.integer(config) if t.width else moe.hidden
+            )
             for t in self.router
             if t.kind != "other" and not t.optional and (t.when is None or t.when.get(config))
         }
@@ -259,6 +298,19 @@ class MoE:
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         return tuple(i for i, s in enumerate(self.sparse) if s)
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        new = ((n + value.removeprefix(old)) for old, n in names.items() if value.startswith(old))
+        return next(new, value)
+    if isinstance(value, tuple):
+        return tuple(_renamed(v, names) for v in value)
+    if isinstance(value, Mapping):
+        return {_renamed(k, names): v for k, v in value.items()}
+    if isinstance(value, Matrices | RouterTensor | SharedExperts):
+        return replace(value, **{k: _renamed(v, names) for k, v in vars(value).items()})
+    return value
 
 
 def _whole(key: Key, config: Mapping[str, Any]) -> int:

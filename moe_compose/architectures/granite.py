@@ -13,12 +13,16 @@ from moe_compose.architectures.base import (
     SharedExperts,
 )
 from moe_compose.architectures.common import (
+    ATTENTION_SCALE,
+    FULL_ATTENTION,
     FULL_ROPE,
     LLAMA_FACTS,
     LLAMA_MLP,
     NO_MLP_BIAS,
+    NO_WINDOW,
+    WHOLE_HEADS,
 )
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture, Fill, Twin
 from moe_compose.architectures.layers import Switch
 
 _EXPERTS = Matrices(
@@ -50,7 +54,26 @@ GRANITE = Architecture(
     facts={**GRANITE_FACTS, "mlp_bias": False},
 )
 
-_GRANITE_TWIN = Twin(dense="granite", drop=("mlp_bias",), requires=(NO_MLP_BIAS, FULL_ROPE))
+_GRANITE_TWIN = Twin(
+    dense="granite", drop=("mlp_bias",), requires=(NO_MLP_BIAS, FULL_ROPE, WHOLE_HEADS)
+)
+
+#: Granite's attention is Qwen2's with a scale of its own and, if it has biases, one more.
+_QWEN2_TWIN = Twin(
+    dense="qwen2",
+    config={
+        "attention_bias": True,
+        "attention_multiplier": ATTENTION_SCALE,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    drop=("layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),
+    requires=(NO_WINDOW, FULL_ATTENTION, FULL_ROPE, WHOLE_HEADS),
+    fills=(
+        Fill(name="model.layers.{i}.self_attn.o_proj.bias", shape=((Key(name="hidden_size"),),)),
+    ),
+)
 
 GRANITEMOE = Architecture(
     model_type="granitemoe",
@@ -62,7 +85,7 @@ GRANITEMOE = Architecture(
     router=_ROUTER,
     routing=RoutingForm(score="topk_softmax"),
     facts=GRANITE_FACTS,
-    twins=(_GRANITE_TWIN,),
+    twins=(_GRANITE_TWIN, _QWEN2_TWIN),
 )
 
 GRANITEMOESHARED = Architecture(
@@ -83,6 +106,8 @@ GRANITEMOESHARED = Architecture(
     twins=(_GRANITE_TWIN,),
 )
 
+_HYBRID_WIDTH = Key(name="shared_intermediate_size", default=1024)
+
 GRANITEMOEHYBRID = Architecture(
     model_type="granitemoehybrid",
     hf_class="GraniteMoeHybridForCausalLM",
@@ -93,12 +118,18 @@ GRANITEMOEHYBRID = Architecture(
     router=_ROUTER,
     shared=SharedExperts(
         matrices=_SHARED,
-        width=Key(name="shared_intermediate_size", default=1024),
-        optional=True,
+        width=_HYBRID_WIDTH,
     ),
     routing=RoutingForm(score="topk_softmax"),
     sparse=Switch(key=_COUNT),
     facts=GRANITE_FACTS,
+    twins=(Twin(dense="granitemoehybrid"),),
+    without_experts=Architecture(
+        model_type="granitemoehybrid",
+        hf_class="GraniteMoeHybridForCausalLM",
+        mlp=_SHARED,
+        width=_HYBRID_WIDTH,
+    ),
     note="with num_local_experts = 0 a dense model whose FFN is the shared MLP",
 )
 

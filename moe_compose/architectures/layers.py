@@ -192,8 +192,7 @@ class Blocks:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOrList:
-    """Llama 4: the layers listed in `layers_key`, or else every `step`-th: `(i + 1) % step == 0`.
-    """
+    """Llama 4: the layers listed in `layers_key`; else every `step`-th: `(i + 1) % step == 0`."""
 
     layers_key: Key
     step: Key

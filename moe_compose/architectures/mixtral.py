@@ -3,18 +3,23 @@
 from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
 from moe_compose.architectures.common import (
     FULL_ROPE,
+    HEAD_DIM,
+    LLAMA_BIASES,
     LLAMA_FACTS,
     LLAMA_MLP,
     NO_ATTENTION_BIAS,
     NO_MLP_BIAS,
+    PHI3_QKV,
+    PHI3_ROPE,
+    key_value_heads,
 )
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture, Portable, Twin
 
 LLAMA = Architecture(
     model_type="llama",
     hf_class="LlamaForCausalLM",
     mlp=LLAMA_MLP,
-    facts={**LLAMA_FACTS, "attention_bias": False, "mlp_bias": False},
+    facts={**LLAMA_FACTS, "head_dim": HEAD_DIM, "attention_bias": False, "mlp_bias": False},
 )
 
 MISTRAL = Architecture(
@@ -23,8 +28,9 @@ MISTRAL = Architecture(
     mlp=LLAMA_MLP,
     facts={
         **LLAMA_FACTS,
+        "head_dim": HEAD_DIM,
         "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
+        "num_key_value_heads": key_value_heads(8),
         "sliding_window": 4096,
     },
 )
@@ -42,13 +48,21 @@ MIXTRAL = Architecture(
     expert_width=Key(name="intermediate_size"),
     router=(RouterTensor(name="model.layers.{i}.block_sparse_moe.gate.weight"),),
     routing=RoutingForm(score="softmax", renormalise=True),
+    portable=(
+        Portable(
+            key=Key(name="sliding_window", default=None),
+            allowed=(None,),
+            breaks="llama.cpp, mlx-lm and SGLang silently ignore the window",
+        ),
+    ),
     twins=(
         Twin(
             dense="llama",
             config={"sliding_window": None},
-            drop=("attention_bias", "mlp_bias", "pretraining_tp"),
+            drop=LLAMA_BIASES,
             requires=(NO_ATTENTION_BIAS, NO_MLP_BIAS, FULL_ROPE),
         ),
         Twin(dense="mistral", requires=(FULL_ROPE,)),
+        Twin(dense="phi3", splits=(PHI3_QKV,), requires=(FULL_ROPE, PHI3_ROPE)),
     ),
 )

@@ -6,7 +6,7 @@ no OLMo 2 becomes one.
 
 from moe_compose.architectures.base import Key, RouterTensor, RoutingForm
 from moe_compose.architectures.common import FULL_ROPE, LLAMA_FACTS, LLAMA_MLP, QWEN_EXPERTS
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture, Portable, Twin
 
 _ROUTER = (RouterTensor(name="model.layers.{i}.mlp.gate.weight"),)
 _ROUTING = RoutingForm(score="softmax", renormalise=Key(name="norm_topk_prob", default=False))
@@ -46,5 +46,27 @@ OLMOE = Architecture(
     expert_width=Key(name="intermediate_size"),
     router=_ROUTER,
     routing=_ROUTING,
-    note="no dense family has its pre-norm blocks with full-width q and k norms, so nothing upcycles to it exactly",
+    portable=(
+        Portable(
+            key=Key(name="norm_topk_prob", default=False),
+            allowed=(False,),
+            breaks="vLLM, SGLang and llama.cpp silently do not renormalise",
+        ),
+        Portable(
+            key=Key(name="clip_qkv", default=None),
+            allowed=(None,),
+            breaks="vLLM, SGLang and llama.cpp silently do not clip",
+        ),
+        Portable(
+            key=Key(name="rms_norm_eps", default=1e-5),
+            allowed=(1e-5,),
+            breaks="vLLM and SGLang silently use 1e-5",
+        ),
+        Portable(
+            key=Key(name="tie_word_embeddings", default=False),
+            allowed=(False,),
+            breaks="vLLM, SGLang and llama.cpp expect an output projection of its own",
+        ),
+    ),
+    note="no dense family has its pre-norm blocks with full-width q and k norms",
 )

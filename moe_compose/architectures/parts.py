@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from moe_compose.architectures.family import Architecture, MoE
 from moe_compose.checkpoint.source import TensorInfo
@@ -27,7 +27,7 @@ Kind = Literal[
 ]
 
 #: What may follow a weight's stem: `.weight`, `.bias`, a quantised tensor's companions.
-_TAIL = r"(?:\.[A-Za-z0-9_]+|_blocks|_scales|_bias|_scale_inv)*$"
+_TAIL = r"(?:\.[A-Za-z0-9_]+|_blocks|_scales?|_bias|_scale_inv)*$"
 _MIXER = re.compile(r"attn|attention|mixer|mamba|conv|linear_att|rotary|ssm", re.IGNORECASE)
 
 
@@ -51,9 +51,10 @@ class Locator:
     def __init__(self, architecture: Architecture, layers: int) -> None:
         a = architecture
         self._layers = layers
-        self._mtp = tuple(p.format(n=layers) for p in a.mtp)
-        self._named = {a.embedding: "embedding", a.head: "head"}
-        rules: list[tuple[Kind, str]] = [("router", t.name) for t in a.router]
+        self._mtp = [re.compile(re.escape(p).replace(r"\{n\}", r"(?P<n>\d+)")) for p in a.mtp]
+        rules: list[tuple[Kind, str]] = [("embedding", a.embedding), ("head", a.head)]
+        rules += [(cast(Kind, part), name) for name, part in a.parts.items()]
+        rules += [("router", t.name) for t in a.router]
         if a.shared:
             gate = [a.shared.gate] if a.shared.gate else []
             rules += [("shared experts", n) for n in (*a.shared.matrices.names, *gate)]
@@ -65,20 +66,31 @@ class Locator:
 
     def place(self, name: str) -> Place:
         """The part that `name` belongs to; `other` when nothing says."""
-        if self._mtp and name.startswith(self._mtp):
-            return Place("MTP")
-        if name in self._named:
-            return Place(self._named[name])  # type: ignore[arg-type]
+        for prefix in self._mtp:
+            m = prefix.match(name)
+            if m and int(m.groupdict().get("n", self._layers)) >= self._layers:
+                return Place("MTP")
         for kind, pattern in self._rules:
             if m := pattern.match(name):
-                found = m.groupdict()
-                expert = found.get("e")
-                return Place(kind, int(found["i"]), int(expert) if expert is not None else None)
+                found = {k: int(v) for k, v in m.groupdict().items()}
+                return Place(kind, found.get("i"), found.get("e"))
         layer = re.search(r"\.(\d+)\.", name)
         at = int(layer[1]) if layer else None
         if "norm" in name.rsplit(".", 2)[-2] if name.count(".") else "":
             return Place("norm", at)
         return Place("attention" if _MIXER.search(name) else "other", at)
+
+    def named(self, names: Iterable[str]) -> int:
+        """How many of `names` a template of the form names, rather than a guess by words."""
+        return sum(any(pattern.match(n) for _, pattern in self._rules) for n in names)
+
+
+def layout_of(architecture: Architecture, names: Collection[str]) -> Architecture:
+    """The form itself, or the one of its `layouts` that names more of a checkpoint's tensors."""
+    if not architecture.layouts:
+        return architecture
+    forms = (architecture, *architecture.layouts)
+    return max(forms, key=lambda form: Locator(form, 0).named(names))
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -118,7 +130,8 @@ def count_parameters(
         config: `config.json`.
         tensors: names and shapes.
     """
-    locator = Locator(architecture, architecture.layers.integer(config))
+    form = layout_of(architecture, tensors)
+    locator = Locator(form, form.layers.integer(config))
     parts: Counter[str] = Counter()
     for t in tensors.values():
         parts[locator.place(t.name).kind] += t.numel

@@ -14,24 +14,29 @@ from moe_compose.architectures.base import (
 from moe_compose.architectures.common import (
     FULL_ATTENTION,
     FULL_ROPE,
+    LLAMA_BIASES,
     LLAMA_FACTS,
     LLAMA_MLP,
     NO_ATTENTION_BIAS,
     NO_MLP_BIAS,
     NO_WINDOW,
     QWEN_EXPERTS,
+    QWEN_WINDOW,
+    WHOLE_HEADS,
+    key_value_heads,
 )
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture, Portable, Twin
 from moe_compose.architectures.layers import StepAndList
 
 QWEN_FACTS = {
     **LLAMA_FACTS,
     "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
+    "num_key_value_heads": key_value_heads(32),
     "bos_token_id": None,
     "eos_token_id": None,
     "use_sliding_window": False,
     "sliding_window": 4096,
+    "max_window_layers": 28,
 }
 
 QWEN2 = Architecture(
@@ -48,6 +53,8 @@ QWEN3 = Architecture(
     facts={**QWEN_FACTS, "head_dim": 128, "attention_bias": False},
 )
 
+_SPARSE_ONLY = "SGLang is silently wrong, llama.cpp refuses"
+
 QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
     hf_class="Qwen3MoeForCausalLM",
@@ -59,11 +66,19 @@ QWEN3_MOE = Architecture(
     router=(RouterTensor(name="model.layers.{i}.mlp.gate.weight"),),
     routing=RoutingForm(score="softmax", renormalise=Key(name="norm_topk_prob", default=False)),
     sparse=StepAndList(),
+    portable=(
+        Portable(
+            key=Key(name="norm_topk_prob", default=False),
+            allowed=(True,),
+            breaks="llama.cpp silently renormalises all the same",
+        ),
+    ),
+    sparse_only=_SPARSE_ONLY,
     twins=(
         Twin(
             dense="qwen3",
             config={"norm_topk_prob": True},
-            drop=("layer_types", "max_window_layers"),
+            drop=QWEN_WINDOW,
             requires=(NO_WINDOW, FULL_ATTENTION, FULL_ROPE),
         ),
     ),
@@ -89,6 +104,19 @@ QWEN2_MOE = Architecture(
     ),
     routing=RoutingForm(score="softmax", renormalise=Key(name="norm_topk_prob", default=False)),
     sparse=StepAndList(),
+    portable=(
+        Portable(
+            key=Key(name="norm_topk_prob", default=False),
+            allowed=(False,),
+            breaks="llama.cpp and mlx-lm silently do not renormalise; --method shared avoids it",
+        ),
+        Portable(
+            key=Key(name="tie_word_embeddings", default=False),
+            allowed=(False,),
+            breaks="llama.cpp and mlx-lm expect an output projection of its own",
+        ),
+    ),
+    sparse_only=_SPARSE_ONLY,
     twins=(
         Twin(
             dense="qwen2",
@@ -96,15 +124,15 @@ QWEN2_MOE = Architecture(
             # llama.cpp and mlx ignore norm_topk_prob = true; with routed outputs at zero it need
             # not be.
             shared_config={"norm_topk_prob": False},
-            drop=("layer_types", "max_window_layers"),
-            requires=(NO_WINDOW, FULL_ATTENTION, FULL_ROPE),
+            drop=QWEN_WINDOW,
+            requires=(NO_WINDOW, FULL_ATTENTION, FULL_ROPE, WHOLE_HEADS),
         ),
         Twin(
             dense="llama",
-            config={"norm_topk_prob": True, "qkv_bias": False},
+            config={"norm_topk_prob": True, "qkv_bias": False, "use_sliding_window": False},
             shared_config={"norm_topk_prob": False},
-            drop=("attention_bias", "mlp_bias", "pretraining_tp"),
-            requires=(NO_ATTENTION_BIAS, NO_MLP_BIAS, FULL_ROPE),
+            drop=(*LLAMA_BIASES, *QWEN_WINDOW),
+            requires=(NO_ATTENTION_BIAS, NO_MLP_BIAS, FULL_ROPE, WHOLE_HEADS),
         ),
     ),
 )

@@ -1,7 +1,8 @@
 """Tiny random models of every family, built from transformers' own config classes.
 
-`tiny_config("qwen3_moe")` is a config with small, mutually different sizes (so that a shape with two dimensions exchanged shows);
-`tiny_checkpoint("qwen3_moe", folder)` builds the model with random weights and saves it, names as on the Hub.
+`tiny_config("qwen3_moe")` is a config with small, mutually different sizes, so that a shape with
+two dimensions exchanged shows. `tiny_checkpoint("qwen3_moe", folder)` builds the model with seeded
+random weights and saves it under the names that it has on the Hub.
 """
 
 from __future__ import annotations
@@ -227,10 +228,7 @@ TINY: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 16,
     },
     "dbrx": {
-        **dict.fromkeys(
-            ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            + ("num_key_value_heads", "max_position_embeddings")
-        ),
+        **dict.fromkeys(COMMON.keys() - {"vocab_size", "initializer_range"}),
         "d_model": 32,
         "n_heads": 4,
         "n_layers": 3,
