@@ -108,7 +108,8 @@ def check_on_meta(node: Transform) -> None:
         raise PlanError(f"{node} cannot be carried out: {e}") from e
     if tuple(made.shape) != spec.shape or made.dtype != torch_dtype(spec.dtype):
         raise PlanError(
-            f"{node} declares {spec.dtype} {list(spec.shape)} but gives {made.dtype} {list(made.shape)}"
+            f"{node} declares {spec.dtype} {list(spec.shape)} "
+            f"but gives {made.dtype} {list(made.shape)}"
         )
 
 

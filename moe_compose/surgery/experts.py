@@ -113,8 +113,10 @@ def sparse_layer(
     """Router, experts and shared expert of one layer.
 
     Args:
-        source, dense: the dense checkpoint and its form.
-        form, config: the target's.
+        source: the dense checkpoint.
+        dense: its form.
+        form: the target's form.
+        config: the target's config.
         layer: decoder layer.
         options: of the upcycle.
         dtype: safetensors dtype of the result; None keeps the FFN's own.
@@ -133,6 +135,16 @@ def sparse_layer(
         made |= dict(_shared(form, ffn, moe.shared_width, layer, options, stored))
     pinned = {t.name.format(i=layer): t.dtype for t in form.router if t.dtype}
     return [OutputTensor(n, cast(x, pinned.get(n) or stored)) for n, x in made.items()]
+
+
+def dense_layer(
+    source: TensorSource, dense: Architecture, lie: Matrices, layer: int, dtype: str | None
+) -> list[OutputTensor]:
+    """The FFN of a layer that keeps it, under the target's names."""
+    ffn = read_ffn(source, dense, layer)
+    if dtype is not None:
+        ffn = ffn.stored_as(dtype)
+    return [OutputTensor(t.format(i=layer), _matrix(lie, t, ffn)) for t in lie.names]
 
 
 def _expert(
@@ -182,8 +194,17 @@ def _routed(lie: Matrices, experts: list[FFN], layer: int) -> Iterator[tuple[str
 
 def _matrix(lie: Matrices, template: str, ffn: FFN) -> Transform:
     if template == lie.gate_up:
-        return Concat((ffn.gate, ffn.up))
+        return _fused(ffn.gate, ffn.up)
     return {lie.gate: ffn.gate, lie.up: ffn.up, lie.down: ffn.down}[template]
+
+
+def _fused(gate: Transform, up: Transform) -> Transform:
+    """Gate and up in one tensor; the source's own where it is that."""
+    match gate, up:
+        case Take(x, Rows(0, n), 0), Take(y, Rows(m, stop), 0):
+            if x == y and n == m and stop == x.spec.shape[0]:
+                return x
+    return Concat((gate, up))
 
 
 def _router(
@@ -213,7 +234,11 @@ def _router_tensor(
     law = options.router_init or ("uniform" if options.method == "drop" else "normal")
     if law == "zeros":
         return Full(shape, 0.0, "F32")
-    std = default_router_std(form, config) if options.router_std is None else options.router_std
+    std = (
+        default_router_std(form, config, options)
+        if options.router_std is None
+        else options.router_std
+    )
     draw = Draw(options.seed, f"layer {layer} router")
     grouped = options.method == "granular" and "independent-rows" not in options.allow
     if not grouped:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moe_compose.architectures import find
 from moe_compose.architectures.estimates import ServingMemory, serving_memory
-from moe_compose.architectures.parts import Parameters, count_parameters
+from moe_compose.architectures.parts import Parameters, count_parameters, layout_of
 from moe_compose.checkpoint.source import Extent, TensorInfo, TensorSource
 from moe_compose.errors import PlanError
 from moe_compose.surgery import evaluate
 from moe_compose.surgery.transforms import Full, Transform
+from moe_compose.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -49,15 +51,20 @@ class Preservation:
         kind: `exact` (same function), `approximate` (a known factor, or small noise), `none`
             (changed on purpose).
         why: the reason, one sentence.
-        tolerance: for `exact`: the largest relative error of fp32 logits that counts as such.
+        tolerance: `exact`: the largest relative error of fp32 logits that counts as such;
+            `approximate`: the largest mean KL to the source, in nats.
+        rounded_to: `exact` up to rounding weights to this dtype (a factor √2 in `bfloat16`, or a
+            narrower dtype asked for); None where no weight was rounded.
     """
 
     kind: Literal["exact", "approximate", "none"]
     why: str
     tolerance: float = 1e-6
+    rounded_to: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.why}"
+        rounding = f", up to rounding weights to {self.rounded_to}" if self.rounded_to else ""
+        return f"{self.kind}: {self.why}{rounding}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,10 @@ class Plan:
         return {o.name: o for o in self.outputs}
 
     @property
+    def weight_files(self) -> tuple[Path, ...]:
+        return tuple(f for s in self.sources.values() for f in s.weight_files)
+
+    @property
     def label(self) -> str:
         return f"{self.operation} of {', '.join(s.label for s in self.sources.values())}"
 
@@ -146,9 +157,24 @@ class Plan:
             h.update(f"\0{o.name}\0{o.value!r}".encode())
         return h.hexdigest()
 
-    def constants(self) -> frozenset[str]:
-        """Outputs that are one number throughout on purpose (a routed `W_d = 0`)."""
-        return frozenset(o.name for o in self.outputs if isinstance(o.value, Full))
+    def constants(self) -> tuple[str, ...]:
+        """Patterns (`*` for every number) of outputs that are one number throughout on purpose."""
+        made = (o.name for o in self.outputs if isinstance(o.value, Full))
+        return tuple(sorted({re.sub(r"\d+", "*", name) for name in made}))
+
+    def record(self) -> dict[str, Any]:
+        """This operation as an entry of a checkpoint's surgery history: plain values."""
+        parameters = self.summary().parameters
+        return {
+            "operation": self.operation,
+            "options": dict(self.options),
+            "plan_digest": self.digest(),
+            "sources": [{"label": s.label, "digest": s.digest()} for s in self.sources.values()],
+            "preservation": asdict(self.preservation),
+            "parameters": {"total": parameters.total, "active": parameters.active},
+            "constants": list(self.constants()),
+            "version": __version__,
+        }
 
     def check(self) -> Plan:
         """Hold the plan to the laws of a plan; returns it.
@@ -183,6 +209,7 @@ class Plan:
         form = find(self.config)
         if form is None or not form.is_moe:
             return
+        form = layout_of(form, self.tensors)
         for layer in form.moe(self.config).sparse_layers:
             for name, shape in form.moe_shapes(self.config, layer).items():
                 if name not in self.tensors:

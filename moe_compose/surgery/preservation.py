@@ -14,11 +14,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures import Architecture, Twin
+from moe_compose.architectures.dialects import CONFIG_DTYPES
 from moe_compose.errors import UnsupportedError
 from moe_compose.surgery.plan import Preservation
 
 if TYPE_CHECKING:
     from moe_compose.surgery.upcycle import UpcycleOptions
+
+
+#: Largest noise, in units of a matrix's own deviation, that still counts as approximate.
+SMALL_NOISE = 0.05
+
+#: What `approximate` is held to: mean KL to the source, in nats per token.
+APPROXIMATE_KL = 0.1
 
 
 def output_factor(form: Architecture, config: Mapping[str, Any], options: UpcycleOptions) -> float:
@@ -35,25 +43,43 @@ def output_factor(form: Architecture, config: Mapping[str, Any], options: Upcycl
     return options.num_experts * options.granularity / (options.top_k * moe.routing.scale)
 
 
-def default_router_std(form: Architecture, config: Mapping[str, Any]) -> float:
-    """0.02; 0.002 where the weights do not sum to 1, so that they stay near uniform."""
-    return 0.02 if form.moe(config).routing.sums_to is not None else 0.002
+def default_router_std(
+    form: Architecture, config: Mapping[str, Any], options: UpcycleOptions
+) -> float:
+    """0.02; 0.002 where experts speak with weights that do not sum to 1, to stay near uniform."""
+    constant = form.moe(config).routing.sums_to is not None
+    return 0.02 if constant or options.method == "shared" else 0.002
 
 
 def classify(
-    form: Architecture, config: Mapping[str, Any], twin: Twin, options: UpcycleOptions
+    form: Architecture,
+    config: Mapping[str, Any],
+    twin: Twin,
+    options: UpcycleOptions,
+    source_dtype: str,
 ) -> Preservation:
     """The preservation class of an upcycle (METHODS, section 2.3).
+
+    Args:
+        form: the target's form.
+        config: the target's config.
+        twin: how source and target pair.
+        options: of the upcycle.
+        source_dtype: safetensors dtype of the source's FFNs.
 
     Raises:
         UnsupportedError: not exact although the method promises it, and not allowed by name.
     """
-    if options.method == "shared":
-        return Preservation(
-            "exact",
-            "the FFN is the shared expert and the routed experts add nothing yet (down = 0)",
-            twin.accuracy,
+    if form.parallel_mlp and options.method != "shared":
+        raise UnsupportedError(
+            f"{form.model_type} keeps the dense FFN beside its experts: experts made from it, as "
+            f"--method {options.method} starts them, would add it twice",
+            hint="Use --method shared: the FFN stays, and the experts add nothing at first.",
         )
+    rounded = _rounded_to(form, config, options, source_dtype)
+    if options.method == "shared":
+        why = "the FFN is the shared expert and the routed experts add nothing yet (down = 0)"
+        return Preservation("exact", why, twin.accuracy, rounded)
     if options.method in ("drop", "shuffle"):
         return Preservation(
             "none",
@@ -69,18 +95,31 @@ def classify(
             problems=refused,
             hint="Allow it by name if that is what you want.",
         )
-    if problems:
-        kind = "approximate" if set(problems) == {"unnormalised"} else "none"
-        return Preservation(kind, "; ".join(problems.values()))
-    if options.method == "noise":
-        return Preservation(
-            "approximate",
-            f"noise of {options.noise_std:g}·σ on {options.ratio:.0%} of each expert's neurons",
-        )
+    noise = f"noise of {options.noise_std:g}·σ on {options.ratio:.0%} of each expert's neurons"
+    changes = [*problems.values(), *([noise] if options.method == "noise" else [])]
+    small = set(problems) <= {"unnormalised"} and options.noise_std <= SMALL_NOISE
+    if changes and small:
+        return Preservation("approximate", "; ".join(changes), APPROXIMATE_KL)
+    if changes:
+        return Preservation("none", "; ".join(changes))
     why = "equal experts under weights that sum to 1"
     if options.granularity > 1:
-        why = f"whole virtual groups of {options.granularity} experts are chosen, scaled by √G on up and down"
-    return Preservation("exact", why, twin.accuracy)
+        why = f"whole virtual groups of {options.granularity} are chosen; up and down × √G"
+    return Preservation("exact", why, twin.accuracy, rounded)
+
+
+def _rounded_to(
+    form: Architecture, config: Mapping[str, Any], options: UpcycleOptions, source_dtype: str
+) -> str | None:
+    """The 16-bit dtype that weights are rounded to on the way, if any; powers of two round nothing."""
+    stored = options.dtype or CONFIG_DTYPES.get(source_dtype)
+    if stored not in ("bfloat16", "float16"):
+        return None
+    factors = (1.0, 1.0)
+    if options.method != "shared":
+        factors = split_factor(output_factor(form, config, options), options.granularity)
+    exact = all(math.frexp(f)[0] == 0.5 for f in factors)
+    return None if exact and stored == CONFIG_DTYPES.get(source_dtype) else stored
 
 
 def _inexact(

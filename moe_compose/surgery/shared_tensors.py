@@ -12,6 +12,7 @@ from typing import Any
 from moe_compose.architectures import Architecture, Twin
 from moe_compose.architectures.base import Key
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorInfo, TensorSource
+from moe_compose.surgery.experts import dense_layer
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.transforms import Full, Picks, Read, Rows, Take, Transform, cast
 
@@ -42,28 +43,37 @@ def carried(
     dtype: str | None,
     dropped: dict[str, str],
 ) -> list[OutputTensor]:
-    """All outputs outside the sparse layers' FFNs.
+    """All outputs outside routers and experts: the dense layers' FFNs too.
 
     Args:
-        source, dense: the dense checkpoint and its form.
-        form, twin, config: the target's form, the pair, the target's config.
+        source: the dense checkpoint.
+        dense: its form.
+        form: the target's form.
+        twin: how the two pair.
+        config: the target's config.
         dtype: converts floating-point tensors; None copies bytes.
         dropped: receives `dense:tensor` → reason for what is left behind on purpose.
     """
     assert dense.mlp is not None
-    sparse = set(form.moe(config).sparse_layers)
+    moe = form.moe(config)
     outputs: list[OutputTensor] = []
+    for layer, sparse in enumerate(moe.sparse):
+        if form.mlp is not None and (form.parallel_mlp or not sparse):
+            outputs += dense_layer(source, dense, form.mlp, layer, dtype)
     for name, info in source.tensors.items():
-        if any(layer_of(t, name) in sparse for t in dense.mlp.names):
+        if any(layer_of(t, name) is not None for t in dense.mlp.names):
             continue
         if _RECOMPUTED.search(name):
             dropped[f"dense:{name}"] = "rotary frequencies, recomputed by the model"
             continue
-        for target, value in _homes(name, info, twin, config, dense, form):
+        if name.startswith(dense.mtp):
+            dropped[f"dense:{name}"] = "a multi-token-prediction layer, whose FFN stayed dense"
+            continue
+        for target, value in _homes(name, info, twin, config):
             if dtype is not None and info.dtype in FLOAT_DTYPES:
                 value = cast(value, dtype)
             outputs.append(OutputTensor(target, value))
-    return outputs + list(_fills(twin, form, config, dtype or _common_dtype(source)))
+    return outputs + list(_fills(twin, form, config, dtype or common_dtype(source)))
 
 
 def _homes(
@@ -71,8 +81,6 @@ def _homes(
     info: TensorInfo,
     twin: Twin,
     config: Mapping[str, Any],
-    dense: Architecture,
-    form: Architecture,
 ) -> Iterator[tuple[str, Transform]]:
     """Target names and values that one source tensor becomes."""
     value: Transform = Read("dense", info)
@@ -86,10 +94,10 @@ def _homes(
             return
     if any(layer_of(t, name) is not None for t in twin.interleave):
         value = Take(value, _interleaved(info.shape[0], _head_dim(config)))
-    renames = dict(twin.renames)
-    if dense.mlp and form.mlp:
-        renames |= dict(zip(dense.mlp.names, form.mlp.names, strict=False))
-    for old, new in renames.items():
+    for old, new in twin.copies.items():
+        if (layer := layer_of(old, name)) is not None:
+            yield new.format(i=layer), value
+    for old, new in twin.renames.items():
         if (layer := layer_of(old, name)) is not None:
             name = new.format(i=layer)
             break
@@ -123,7 +131,7 @@ def _fills(
         yield from (OutputTensor(n, value) for n in names)
 
 
-def _common_dtype(source: TensorSource) -> str:
+def common_dtype(source: TensorSource) -> str:
     """The dtype most of the source's bytes have."""
     sizes: dict[str, int] = {}
     for t in source.tensors.values():

@@ -166,7 +166,7 @@ class _Unary(Transform):
 
 @dataclass(frozen=True)
 class Take(_Unary):
-    """Positions `at` of dimension `dim`, in that order. Along the first dimension these are bytes."""
+    """Positions `at` of dimension `dim`, in that order; along the first one these are bytes."""
 
     at: Rows | Picks | Indices
     dim: int = 0

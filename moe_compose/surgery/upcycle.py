@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from moe_compose.architectures import Architecture, Twin, all_architectures, find, targets_of
 from moe_compose.architectures.dialects import CONFIG_DTYPES
+from moe_compose.architectures.refused import NO_TARGET, why_not
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
 from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.surgery.experts import sparse_layer
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.preservation import classify
-from moe_compose.surgery.shared_tensors import carried, natural
+from moe_compose.surgery.shared_tensors import carried, common_dtype, natural
 from moe_compose.surgery.target import target_config
 
 Method = Literal["copy", "granular", "shared", "noise", "drop", "shuffle"]
@@ -70,10 +71,6 @@ ALLOWANCES: Mapping[str, str] = {
     "independent-rows": "granular experts with a router row each instead of one per virtual group: never exact",
     "split-groups": "top_k that is no multiple of the granularity: the last virtual group is cut",
 }
-
-
-#: Dense families, and pairs (`dense>target`), that look like candidates and are not: what differs.
-NOT_EXACT: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +135,7 @@ def upcycle(source: TensorSource, options: UpcycleOptions) -> Plan:
     form, twin = _target(dense, options)
     _check_options(options, form, dense, source.config)
     config = target_config(source.config, dense, form, twin, options)
-    preservation = classify(form, config, twin, options)
+    preservation = classify(form, config, twin, options, common_dtype(source))
     dtype = _output_dtype(options)
     files = {n: p for n, p in source.files.items() if n != "README.md" and not n.endswith(".py")}
     dropped: dict[str, str] = {}
@@ -162,13 +159,14 @@ def upcycle(source: TensorSource, options: UpcycleOptions) -> Plan:
 
 def _dense_form(config: Mapping[str, Any]) -> Architecture:
     form = find(config)
-    model_type = config.get("model_type")
+    form = form.of(config) if form is not None else None
+    model_type = str(config.get("model_type"))
+    if form is not None and form.is_moe:
+        raise UnsupportedError(
+            f"{model_type} is a mixture of experts already; upcycle starts from a dense model"
+        )
     if form is None or not targets_of(form.model_type):
-        if form is not None and form.is_moe:
-            raise UnsupportedError(
-                f"{model_type} is a mixture of experts already; upcycle starts from a dense model"
-            )
-        reason = NOT_EXACT.get(str(model_type), "no pair is known for it")
+        reason = NO_TARGET.get(model_type, "no pair is known for it")
         known = sorted({t.dense for a in all_architectures().values() for t in a.twins})
         raise UnsupportedError(
             f"no MoE family computes what a dense {model_type!r} computes: {reason}",
@@ -186,7 +184,7 @@ def _target(dense: Architecture, options: UpcycleOptions) -> tuple[Architecture,
     """The target asked for, or the first in the registry, whose order is by portability."""
     targets = {a.model_type: a for a in targets_of(dense.model_type)}
     if options.method == "shared" and options.target is None:
-        targets = {m: a for m, a in targets.items() if a.shared}
+        targets = {m: a for m, a in targets.items() if a.shared or a.parallel_mlp}
         if not targets:
             raise UnsupportedError(
                 f"no target of {dense.model_type} has a shared expert, which --method shared needs"
@@ -195,11 +193,8 @@ def _target(dense: Architecture, options: UpcycleOptions) -> tuple[Architecture,
     form = targets.get(name)
     twin = form.twin_of(dense.model_type) if form else None
     if form is None or twin is None:
-        reason = NOT_EXACT.get(
-            f"{dense.model_type}>{name}", "the two compute different things around the FFN"
-        )
         raise UnsupportedError(
-            f"{dense.model_type} → {name} is not exact: {reason}",
+            f"{dense.model_type} → {name} is not exact: {why_not(dense.model_type, name)}",
             hint=f"Exact targets of {dense.model_type}: {', '.join(targets)}.",
         )
     return form, twin
@@ -235,7 +230,7 @@ def _check_options(
         (o.noise_std >= 0, f"noise_std ({o.noise_std}) must not be negative"),
         ((o.router_std or 0) >= 0, f"router_std ({o.router_std}) must not be negative"),
         (o.dtype is None or _output_dtype(o) is not None, f"dtype ({o.dtype}) must be float32, bfloat16 or float16"),
-        (o.method != "shared" or form.shared is not None, f"{form.model_type} has no shared expert, which method shared needs"),
+        (o.method != "shared" or form.shared is not None or form.parallel_mlp, f"{form.model_type} has no shared expert, which method shared needs"),
     ]  # fmt: skip
     problems = [text for ok, text in rules if not ok]
     problems += [
