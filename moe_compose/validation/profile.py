@@ -1,0 +1,96 @@
+"""The portable profile: what other engines need of a checkpoint, and who breaks, silently or not,
+when it is missing.
+
+General rules stand here; what concerns one family is data on its form (`Architecture.portable`).
+Nothing here is about transformers, which is the reference. Measured against vLLM 0.32, llama.cpp,
+mlx-lm 0.32 and transformers 4.57 on tiny checkpoints; SGLang's rules are read from its sources.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_compose.architectures import Architecture, find
+from moe_compose.checkpoint.reader import Checkpoint
+from moe_compose.validation.report import Check
+
+
+def check_profile(checkpoint: Checkpoint) -> list[Check]:
+    """One check per rule that is broken, or a single pass.
+
+    Args:
+        checkpoint: a local folder.
+    """
+    config, form = checkpoint.config, find(checkpoint.config)
+    broken = [*_dialects(config, form), *_tokenizer(checkpoint)]
+    if form is not None:
+        broken += _family(config, form)
+    if form is not None and form.is_moe:
+        broken += _shapes(config, form)
+    if broken:
+        return [Check("portability", "warn", text) for text in broken]
+    return [Check("portability", "pass", "meets the portable profile")]
+
+
+def _dialects(config: Mapping[str, Any], form: Architecture | None) -> Iterator[str]:
+    if not config.get("architectures"):
+        yield "config.json has no architectures: vLLM, SGLang and llama.cpp refuse it"
+    old = config.get("rope_theta") is not None or config.get("rope_scaling") is not None
+    per_layer = form is not None and form.per_layer_rope
+    if config.get("rope_parameters") and not old and not per_layer:
+        yield (
+            "rope_theta stands only inside rope_parameters: transformers 4 and mlx-lm silently "
+            "take their default"
+        )
+    if not config.get("torch_dtype") and config.get("dtype"):
+        yield "torch_dtype is missing beside dtype: transformers 4 loads in float32"
+    if form is not None and form.is_moe:
+        missing = [k for k in (form.num_experts.name, *form.num_experts.aliases) if k not in config]
+        if missing and "." not in form.num_experts.name:
+            yield f"{', '.join(missing)} is missing: transformers 4 and llama.cpp need it"
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
+    path = checkpoint.files.get("tokenizer_config.json")
+    if path is None:
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        yield "tokenizer_config.json is not readable JSON: every engine refuses it"
+        return
+    if found == "TokenizersBackend":
+        yield (
+            "tokenizer_class is TokenizersBackend: transformers 4 and llama.cpp's converter cannot "
+            "read it (PreTrainedTokenizerFast is the portable name)"
+        )
+
+
+def _family(config: Mapping[str, Any], form: Architecture) -> Iterator[str]:
+    for rule in form.portable:
+        value = rule.key.get(config)
+        if value not in rule.allowed:
+            yield f"{rule.key.name} is {json.dumps(value)}: {rule.breaks}"
+    if form.sparse_only and form.is_moe and not all(form.moe(config).sparse):
+        yield f"some layers are dense: {form.sparse_only}"
+
+
+def _shapes(config: Mapping[str, Any], form: Architecture) -> Iterator[str]:
+    moe = form.moe(config)
+    if moe.expert_width % 8:
+        yield (
+            f"expert width {moe.expert_width} is no multiple of 8: transformers' grouped_mm and "
+            "vLLM's kernels refuse it in bf16"
+        )
+    elif moe.expert_width % 32:
+        yield f"expert width {moe.expert_width} is no multiple of 32: llama.cpp's q8_0 refuses it"
+    if moe.hidden % 32:
+        yield f"hidden size {moe.hidden} is no multiple of 32: llama.cpp leaves tensors unquantised"
+    groups = moe.routing.groups
+    if groups > 1 and (moe.num_experts % groups or moe.num_experts // groups < 2):
+        yield (
+            f"{moe.num_experts} experts in {groups} groups: vLLM silently routes ungrouped, "
+            "llama.cpp aborts"
+        )

@@ -1,0 +1,87 @@
+"""Tokens to compare models on: real text, tokenised by the checkpoint's own tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_compose.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+#: Documents in a text file are separated so (as in TinyStories and many other sets).
+SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Token ids to run, and what they are.
+
+    Attributes:
+        name: the file's name, `the bundled sample`, or `token ids spread over the vocabulary`.
+        ids: int64 tensors `[1, length]`, one a sequence.
+    """
+
+    name: str
+    ids: tuple[torch.Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(x.numel() for x in self.ids)
+
+
+def read_text(data: Path | None) -> tuple[str, str]:
+    """Name and content of a text file; the bundled sample of five kinds of text when `data` is
+    None.
+
+    Raises:
+        OptionError: unreadable, not UTF-8, or empty.
+    """
+    if data is None:
+        return "the bundled sample", files("moe_compose.validation").joinpath(
+            "sample.txt"
+        ).read_text(encoding="utf-8")
+    try:
+        text = data.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f"cannot read {data.name} as UTF-8 text: {e}") from e
+    if not text.strip():
+        raise OptionError(f"{data.name} holds no text")
+    return data.name, text
+
+
+def sequences(
+    tokenizer: Any, data: Path | None, tokens: int, longest: int, vocabulary: int
+) -> Sequences:
+    """About `tokens` token ids in sequences of at most `longest`, taken evenly from all documents.
+
+    Args:
+        tokenizer: the checkpoint's; None falls back to ids spread evenly over the vocabulary.
+        data: text file, documents separated by `<|endoftext|>`.
+        tokens: how many in all.
+        longest: longest sequence, in tokens.
+        vocabulary: size of the model's vocabulary; ids beyond it are an error of the tokenizer.
+    """
+    import torch
+
+    if tokenizer is None:
+        ids = torch.arange(tokens, dtype=torch.int64) * 7919 % vocabulary
+        return Sequences("token ids spread over the vocabulary", torch.split(ids[None], longest, 1))
+    name, text = read_text(data)
+    documents = [d.strip() for d in text.split(SEPARATOR) if d.strip()]
+    share = max(2, tokens // len(documents))
+    pieces: list[torch.Tensor] = []
+    for document in documents:
+        ids = tokenizer(document, truncation=True, max_length=share)["input_ids"]
+        whole = torch.tensor([ids], dtype=torch.int64)
+        pieces += [p for p in torch.split(whole, longest, 1) if p.numel() > 1]
+    if not pieces:
+        raise OptionError(f"{name} gives no tokens to compare on")
+    if (most := max(int(p.max()) for p in pieces)) >= vocabulary:
+        raise OptionError(
+            f"the tokenizer gives id {most}, beyond the vocabulary of the model ({vocabulary})"
+        )
+    return Sequences(name, tuple(pieces))

@@ -1,0 +1,180 @@
+"""Every fault of a checkpoint that can be seen without a reference is seen; pytest
+tests/validation/test_checks.py.
+"""
+
+import json
+
+import pytest
+import torch
+from dense import dense_llama
+from mutants import mutant
+
+from moe_compose.checkpoint.reader import Checkpoint
+from moe_compose.checkpoint.writer import write
+from moe_compose.errors import CheckpointError, OptionError
+from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.validation import validate
+from moe_compose.validation.text import read_text
+
+ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    dense = dense_llama(tmp_path_factory.mktemp("dense"))
+    plan = upcycle(dense, UpcycleOptions(num_experts=4, top_k=2))
+    return write(plan, tmp_path_factory.mktemp("out") / "moe")
+
+
+def found(report, name):
+    return next(c for c in report.checks if c.name == name)
+
+
+def test_a_whole_checkpoint_passes(moe):
+    report = validate(moe)
+    assert report.ok
+    assert found(report, "tensors").status == "pass"
+    assert found(report, "values").status == "pass"
+    assert found(report, "portability").status == "pass"
+    assert found(report, "tokenizer").status == "warn", "the toy has none"
+    json.dumps(report.to_json())
+
+
+def pop(name):
+    return lambda t: t.pop(name)
+
+
+def put(name, value):
+    return lambda t: t.__setitem__(name, value)
+
+
+def fill(name, value, at=...):
+    return lambda t: t[name].__setitem__(at, value)
+
+
+TENSOR_MUTANTS = {
+    "missing router": (pop(ROUTER), "tensors", f"{ROUTER} is missing"),
+    "missing expert": (pop(EXPERT), "tensors", f"{EXPERT} is missing"),
+    "surplus expert": (
+        put("model.layers.1.block_sparse_moe.experts.4.w1.weight", torch.ones(64, 32)),
+        "tensors",
+        "experts.4.w1.weight is unexpected",
+    ),
+    "stacked name": (
+        put("model.layers.0.mlp.experts.gate_up_proj", torch.ones(4, 128, 32)),
+        "tensors",
+        "gate_up_proj is unexpected",
+    ),
+    "wrong shape": (put(EXPERT, torch.randn(40, 32)), "tensors", "[40, 32], not [64, 32]"),
+    "short router": (put(ROUTER, torch.randn(3, 32)), "tensors", "[3, 32], not [4, 32]"),
+    "one NaN": (fill(EXPERT, torch.nan, (3, 4)), "values", f"{EXPERT} holds NaN"),
+    "one infinity": (fill(EXPERT, torch.inf, (0, 0)), "values", f"{EXPERT} holds NaN or inf"),
+    "zero expert": (fill(EXPERT, 0.0), "values", f"{EXPERT} is 0 throughout"),
+    "zero router": (fill(ROUTER, 0.0), "values", f"{ROUTER} is 0 throughout"),
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_MUTANTS)
+def test_damaged_tensors_are_caught(moe, tmp_path, name):
+    change, check, text = TENSOR_MUTANTS[name]
+    report = validate(mutant(moe, tmp_path / "m", tensors=change))
+    assert found(report, check).status == "fail"
+    assert any(text in p for p in found(report, check).problems)
+    assert not report.ok
+
+
+def test_a_norm_left_at_its_initial_value_is_noticed(moe, tmp_path):
+    name = "model.layers.0.input_layernorm.weight"
+    fresh = mutant(moe, tmp_path / "m", tensors=fill(name, 1.0))
+    check = found(validate(fresh), "values")
+    assert check.status == "warn"
+    assert f"{name} is 1 throughout" in check.problems
+    assert found(validate(fresh, against=fresh), "values").status == "pass", "so it was before"
+
+
+def edit(**changes):
+    return lambda c: c.update(changes)
+
+
+def without(*keys):
+    return lambda c: [c.pop(k) for k in keys]
+
+
+CONFIG_MUTANTS = {
+    "wrong class": (edit(architectures=["LlamaForCausalLM"]), "config", "fail"),
+    "unknown type": (edit(model_type="nonsense"), "config", "fail"),
+    "other count": (edit(num_local_experts=5, num_experts=5), "tensors", "fail"),
+    "other dtype": (edit(dtype="bfloat16", torch_dtype="bfloat16"), "dtypes", "warn"),
+    "no dtype": (without("dtype", "torch_dtype"), "dtypes", "warn"),
+    "one dialect of rope": (without("rope_theta", "rope_scaling"), "portability", "warn"),
+    "one dialect of dtype": (without("torch_dtype"), "portability", "warn"),
+    "sliding window": (edit(sliding_window=64), "portability", "warn"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_MUTANTS)
+def test_damaged_configs_are_caught(moe, tmp_path, name):
+    change, check, status = CONFIG_MUTANTS[name]
+    report = validate(mutant(moe, tmp_path / "m", config=change))
+    assert found(report, check).status == status
+    assert report.ok == (status != "fail")
+
+
+def test_portability_names_the_engines(moe, tmp_path):
+    report = validate(mutant(moe, tmp_path / "m", config=edit(sliding_window=64)))
+    assert "llama.cpp" in found(report, "portability").detail
+    narrow = mutant(moe, tmp_path / "n", config=without("rope_theta"))
+    assert "transformers 4" in found(validate(narrow), "portability").detail
+
+
+def test_tokenizers(moe, tmp_path):
+    broken = mutant(moe, tmp_path / "m")
+    (broken.path / "tokenizer.json").write_text("{")
+    check = found(validate(Checkpoint.open(broken.path)), "tokenizer")
+    assert check.status == "fail"
+    (broken.path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    details = [c.detail for c in validate(Checkpoint.open(broken.path)).checks]
+    assert any("TokenizersBackend" in d for d in details)
+
+
+def test_remote_code_is_never_run(moe, tmp_path):
+    """A config that points at a module of its own: refused, and the module is not imported."""
+    trap = mutant(
+        moe,
+        tmp_path / "m",
+        config=edit(model_type="trap", auto_map={"AutoConfig": "trap.TrapConfig"}),
+    )
+    (trap.path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    report = validate(Checkpoint.open(trap.path))
+    assert found(report, "config").status == "fail"
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_model_too_large_to_compare_is_said_not_measured(moe, monkeypatch):
+    monkeypatch.setattr("moe_compose.validation.memory_available", lambda: 1000)
+    report = validate(moe, against=moe)
+    assert report.receipt is None
+    assert "NOT MEASURED" in found(report, "receipt").detail
+
+
+def test_other_vocabularies_cannot_be_compared(moe, tmp_path):
+    other = dense_llama(tmp_path / "other", vocab_size=64)
+    report = validate(moe, against=other)
+    assert found(report, "receipt").status == "fail"
+
+
+def test_text_files(tmp_path):
+    assert read_text(None)[0] == "the bundled sample"
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    for name in ("empty.txt", "latin.txt", "missing.txt"):
+        with pytest.raises(OptionError, match=name):
+            read_text(tmp_path / name)
+
+
+def test_damaged_history_is_an_error(moe, tmp_path):
+    broken = mutant(moe, tmp_path / "m")
+    (broken.path / "moe_compose.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a list of records"):
+        validate(Checkpoint.open(broken.path))
