@@ -1,0 +1,92 @@
+"""moe-compose: surgery on mixture-of-experts checkpoints, exact and one tensor at a time.
+
+Example:
+    >>> import moe_compose as mc
+    >>> dense = mc.Checkpoint.open("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+    >>> plan = mc.upcycle(dense, mc.UpcycleOptions(num_experts=8, top_k=2))  # doctest: +SKIP
+    >>> moe = mc.write(plan, "out/")  # doctest: +SKIP
+    >>> report = mc.validate(moe, against=dense, preservation=plan.preservation)  # doctest: +SKIP
+
+Names are loaded when they are first used, so that `import moe_compose` costs next to nothing and
+reading headers or planning never waits for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moe_compose.version import __version__
+
+if TYPE_CHECKING:
+    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.errors import (
+        CheckpointError,
+        MoeComposeError,
+        OptionError,
+        PlanError,
+        UnsupportedError,
+        ValidationError,
+        WriteError,
+    )
+    from moe_compose.reporting.card import model_card
+    from moe_compose.reporting.inspection import Inspection, inspect
+    from moe_compose.reporting.publish import record_validation, write
+    from moe_compose.surgery.plan import Plan
+    from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+    from moe_compose.validation import validate
+    from moe_compose.validation.report import ValidationReport
+
+#: Public name → the module it lives in, in reading order.
+_HOME = {
+    "Checkpoint": "checkpoint.reader",
+    "inspect": "reporting.inspection",
+    "Inspection": "reporting.inspection",
+    "UpcycleOptions": "surgery.upcycle",
+    "upcycle": "surgery.upcycle",
+    "Plan": "surgery.plan",
+    "write": "reporting.publish",
+    "validate": "validation",
+    "ValidationReport": "validation.report",
+    "record_validation": "reporting.publish",
+    "model_card": "reporting.card",
+    "MoeComposeError": "errors",
+    "OptionError": "errors",
+    "CheckpointError": "errors",
+    "UnsupportedError": "errors",
+    "PlanError": "errors",
+    "WriteError": "errors",
+    "ValidationError": "errors",
+}
+
+__all__ = [  # noqa: RUF022 - reading order
+    "Checkpoint",
+    "inspect",
+    "Inspection",
+    "UpcycleOptions",
+    "upcycle",
+    "Plan",
+    "write",
+    "validate",
+    "ValidationReport",
+    "record_validation",
+    "model_card",
+    "MoeComposeError",
+    "OptionError",
+    "CheckpointError",
+    "UnsupportedError",
+    "PlanError",
+    "WriteError",
+    "ValidationError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

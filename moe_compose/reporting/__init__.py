@@ -1,0 +1,1 @@
+"""What people read: the inspection of a checkpoint, the model card, the record of what was done."""

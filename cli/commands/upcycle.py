@@ -1,0 +1,180 @@
+"""`moe-compose upcycle`: a dense checkpoint becomes a mixture of experts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_compose.checkpoint.writer import SHARD_SIZE
+from moe_compose.surgery.upcycle import UpcycleOptions
+
+from ..output import out
+from ..parameters import (
+    Data,
+    DryRun,
+    Json,
+    Overwrite,
+    Quiet,
+    Resume,
+    ShardSize,
+    Validate,
+    with_options,
+)
+
+if TYPE_CHECKING:
+    from moe_compose.checkpoint.destination import Destination
+    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.surgery.plan import Plan
+    from moe_compose.validation.report import ValidationReport
+
+
+@with_options(UpcycleOptions)
+def upcycle(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A dense checkpoint: a folder, or org/name@revision."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the result.")
+    ],
+    options: UpcycleOptions,
+    shard_size: ShardSize = SHARD_SIZE,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    validate: Validate = True,
+    data: Data = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a mixture of experts from a dense checkpoint.
+
+    What the result will be, and how exact, is shown first; then it is written, checked, and
+    compared with its source on real text. Exit code 3: written, but not what was stated.
+    """
+    out.configure(as_json=as_json, quiet=quiet)
+    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.reporting import publish
+    from moe_compose.surgery.upcycle import upcycle
+
+    from ..screens import plan_screen
+
+    begun = time.monotonic()
+    dense = Checkpoint.open(source, headers_only=dry_run)
+    plan = upcycle(dense, options)
+    where: dict[str, Any] = {"shard_size": shard_size, "resume": resume, "overwrite": overwrite}
+    destination = publish.check_destination(plan, output, **where)
+    out.show(plan_screen(plan, str(output)))
+    report = None
+    if dry_run:
+        _say_room(destination)
+    else:
+        written = _write(plan, output, where)
+        report = _validate(written, dense, plan, data, source) if validate else None
+        _say_next(written, output, source, report)
+    document = _document(plan, output, destination, report)
+    if dense.path is None:  # only headers are here, so what will be copied is not known yet
+        document["copied_bytes"] = None
+    document |= {"dry_run": dry_run, "seconds": round(time.monotonic() - begun, 3)}
+    out.result(document, str(output))
+    if report is not None and not report.ok:
+        raise typer.Exit(3)
+
+
+def _write(plan: Plan, output: Path, where: dict[str, Any]) -> Checkpoint:
+    from moe_compose.reporting import publish
+
+    how = "--resume instead of --overwrite" if where["overwrite"] else "--resume"
+    out.interrupted = f"Finished shards are kept: the same command with {how} continues."
+    with out.progress(f"writing {output.name}") as progress:
+        return publish.write(plan, output, progress=progress, **where)
+
+
+def _validate(
+    written: Checkpoint, dense: Checkpoint, plan: Plan, data: Path | None, source: str
+) -> ValidationReport:
+    """Measure what was stated, keep it, and show it."""
+    from moe_compose import validation
+    from moe_compose.reporting.publish import record_validation
+
+    from ..screens import report_screen
+
+    again = f"moe-compose validate {shlex.quote(str(written.path))} --against {shlex.quote(source)}"
+    out.interrupted = f"The checkpoint is written, but not validated. Do that with:\n  {again}"
+    with out.waiting(f"validating {written.label} against {dense.label}"):
+        report = validation.validate(
+            written, against=dense, preservation=plan.preservation, data=data
+        )
+        record_validation(written, plan, report)
+    out.interrupted = ""
+    out.show("")
+    out.show(report_screen(report))
+    return report
+
+
+def _say_room(destination: Destination) -> None:
+    """Bytes that would be written, and bytes that are free where they would go."""
+    from moe_compose.reporting.units import bytes_text
+
+    there = next(
+        p for p in (destination.folder, *destination.folder.absolute().parents) if p.exists()
+    )
+    needed = sum(s.size for s in destination.shards if s.name not in destination.kept)
+    free = shutil.disk_usage(there).free
+    files = len(destination.shards) - len(destination.kept)
+    out.hint(
+        f"Dry run: nothing was written. It would take {bytes_text(needed)} in {files} "
+        f"{'file' if files == 1 else 'files'} of weights; {bytes_text(free)} are free."
+    )
+
+
+def _say_next(
+    written: Checkpoint, output: Path, source: str, report: ValidationReport | None
+) -> None:
+    """What to do with the result."""
+    if report is None:
+        here, there = shlex.quote(str(output)), shlex.quote(source)
+        out.hint(f"Not validated. Do that with:\n  moe-compose validate {here} --against {there}")
+    if "tokenizer.json" in written.files or "tokenizer_config.json" in written.files:
+        code = (
+            f'from transformers import pipeline; p = pipeline("text-generation", '
+            f'{json.dumps(str(output))}); print(p("Once upon a time")[0]["generated_text"])'
+        )
+        out.hint(f"Generate text with:\n  python -c {shlex.quote(code)}")
+
+
+def _document(
+    plan: Plan, output: Path, destination: Destination, report: ValidationReport | None
+) -> dict[str, Any]:
+    from moe_compose.reporting.inspection import memory_json, parts_of
+
+    summary = plan.summary()
+    parameters = summary.parameters
+    return {
+        "output": str(output),
+        "operation": plan.operation,
+        "sources": [source.label for source in plan.sources.values()],
+        "options": dict(plan.options),
+        "plan_digest": plan.digest(),
+        "preservation": asdict(plan.preservation),
+        "parameters": {
+            "total": parameters.total,
+            "active": parameters.active,
+            "by_part": {name: asdict(part) for name, part in parts_of(parameters).items()},
+        },
+        "bytes": summary.bytes,
+        "copied_bytes": summary.copied_bytes,
+        "weight_files": {shard.name: shard.size for shard in destination.shards},
+        "memory": memory_json(summary.memory),
+        "notes": list(plan.notes),
+        "validation": report.to_json() if report else None,
+    }

@@ -1,0 +1,61 @@
+"""`moe-compose validate`: is a checkpoint whole, servable, and what its history states?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..output import out
+from ..parameters import Data, Json, Quiet
+
+
+def validate(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="The checkpoint's folder, or its name on the Hub.")
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="SOURCE",
+            help="What it was made from: both are run on text and compared.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Data = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=2, metavar="INT", help="Tokens to compare on.")
+    ] = 1024,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a checkpoint, and compare it with its source.
+
+    Structure, values and portability are checked; with --against SOURCE both models are run on
+    text and their logits compared. The findings are kept as validation.json beside it. Exit code
+    3: it is not valid, or not as exact as the last operation on it stated.
+    """
+    out.configure(as_json=as_json, quiet=quiet)
+    from moe_compose import validation
+    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.reporting.publish import record_validation
+
+    from ..screens import report_screen
+
+    checkpoint = Checkpoint.open(path)
+    source = Checkpoint.open(against) if against is not None else None
+    with out.waiting(f"validating {checkpoint.label}"):
+        report = validation.validate(checkpoint, against=source, data=data, tokens=tokens)
+    kept = None
+    if checkpoint.revision is None:  # the Hub's cache is nobody's to write into
+        kept = record_validation(checkpoint, None, report)
+        if kept is None:
+            out.hint(
+                "validation.json holds a comparison with the source and is kept; "
+                "renew it with --against SOURCE."
+            )
+    out.show(report_screen(report))
+    out.result(report.to_json(), "ok" if report.ok else "not ok")
+    if not report.ok:
+        raise typer.Exit(3)

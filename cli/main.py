@@ -1,0 +1,124 @@
+"""`moe-compose`: the commands, and what an exception means to whoever typed one.
+
+Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 written or checked but not valid,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from moe_compose.errors import MoeComposeError
+from moe_compose.version import __version__
+
+from .commands.inspect import inspect
+from .commands.ls import ls
+from .commands.upcycle import upcycle
+from .commands.validate import validate
+from .output import LogHandler, out
+
+app = typer.Typer(
+    name="moe-compose",
+    help="Surgery on mixture-of-experts checkpoints, exact and one tensor at a time.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (inspect, upcycle, validate, ls):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.text(f"moe-compose {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks, and log everything.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Surgery on mixture-of-experts checkpoints, exact and one tensor at a time."""
+    out.debug = debug
+    logging.getLogger("moe_compose").setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit code.
+
+    Args:
+        arguments: the command line after the program's name.
+    """
+    out.reset()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no name breaks a terminal that cannot show it
+            stream.reconfigure(errors="backslashreplace")
+    logger, handler = logging.getLogger("moe_compose"), LogHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = get_command(app).main(
+            args=list(arguments) or ["--help"], prog_name="moe-compose", standalone_mode=False
+        )
+    except MoeComposeError as error:
+        out.error(error)
+        return error.exit_code
+    except typer.TyperException as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        out.failure(
+            f"{type(error).__name__}: {error}",
+            "" if out.debug else "  moe-compose --debug ... shows where.",
+        )
+        return 1
+    if code == 130:
+        out.failure("interrupted", f"  {out.interrupted}" if out.interrupted else "")
+    return int(code or 0) if arguments else 2
+
+
+def _usage(error: typer.TyperException) -> int:
+    """Wrong usage, in one sentence."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "moe-compose"
+    message = error.format_message().replace(": Value error, ", ": ").rstrip()
+    out.failure(message or "wrong usage", f"  {path} --help shows how.")
+    return error.exit_code

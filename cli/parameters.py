@@ -1,0 +1,185 @@
+"""From an options dataclass to the flags of a command, and the flags that all commands share.
+
+An operation's options are described once, in the docstring of their dataclass: field, keyword,
+recipe key and flag have one name, and the help is the text under `Attributes:`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_METAVARS = {int: "INT", float: "FLOAT"}
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """Name → text of every entry of a class docstring's `Attributes:` section.
+
+    An entry may name several (`a, b: ...`) and go on over indented lines.
+    """
+    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if entry := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names = entry[1].split(", ")
+            found.update(dict.fromkeys(names, entry[2].strip()))
+        elif line.strip():
+            found.update({name: f"{found[name]} {line.strip()}" for name in names})
+    return found
+
+
+def flag_of(name: str) -> str:
+    """`num_experts` → `--num-experts`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def with_options(cls: type, parameter: str = "options") -> Callable[..., Callable[..., None]]:
+    """Decorate a command so that its parameter `options` becomes one flag per field of `cls`.
+
+    Args:
+        cls: an options dataclass; the help of its flags is its docstring.
+        parameter: name of the command's parameter that receives the instance.
+    """
+    flags = _flags(cls)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            chosen = {name: given.pop(name) for name in flags}
+            lists = {n: tuple(v) for n, v in chosen.items() if isinstance(v, list)}
+            command(**given, **{parameter: cls(**chosen | lists)})
+
+        own: list[inspect.Parameter] = []
+        for p in inspect.signature(command, eval_str=True).parameters.values():
+            p = p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            own += flags.values() if p.name == parameter else [p]
+        signature = inspect.Signature(own)
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in own}
+        return run
+
+    return decorate
+
+
+def _flags(cls: type) -> Mapping[str, inspect.Parameter]:
+    hints, docs = get_type_hints(cls), attribute_docs(cls)
+    return {f.name: _flag(f, hints[f.name], docs[f.name]) for f in fields(cls)}
+
+
+def _flag(field: Field[Any], hint: Any, doc: str) -> inspect.Parameter:
+    """A field as a flag. A tuple of texts is a flag that may be repeated."""
+    default: Any = field.default
+    if get_origin(hint) is tuple:
+        hint, default = list[str], list(default)
+    kinds = [t for t in get_args(hint) if t is not types.NoneType] if _optional(hint) else [hint]
+    option = typer.Option(
+        flag_of(field.name),
+        help=doc,
+        metavar=_METAVARS.get(kinds[0], "TEXT") if kinds[0] is not bool else None,
+        show_default=default not in (None, []),
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[hint, option],
+    )
+
+
+def _optional(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType) and get_origin(hint) is not Literal
+
+
+def parse_bytes(size: str | int) -> int:
+    """`5GB`, `500MB` or a plain number of bytes; units are decimal, as shard sizes are everywhere.
+
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", str(size).strip().upper())
+    found = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if found < 1:
+        raise typer.BadParameter(f"{size!r} is no size in bytes, such as 5GB, 500MB or 4000000")
+    return found
+
+
+# Shared flags mean the same in every command.
+_FILES, _SHOWN = "Output", "What is shown"
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON document on stdout, all else on stderr.",
+        rich_help_panel=_SHOWN,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Print only the line a script needs.", rich_help_panel=_SHOWN
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show what would be written, and whether there is room; write nothing.",
+        rich_help_panel=_FILES,
+    ),
+]
+ShardSize = Annotated[
+    int,
+    typer.Option(
+        "--shard-size",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Largest file of weights: 500MB, 2GB, or bytes; by default 5GB.",
+        show_default=False,
+        rich_help_panel=_FILES,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue an interrupted write of the same plan.",
+        rich_help_panel=_FILES,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace the checkpoint that is there.", rich_help_panel=_FILES
+    ),
+]
+Validate = Annotated[
+    bool,
+    typer.Option(
+        "--validate/--no-validate",
+        help="Check the result, and compare it with its source on real text.",
+        rich_help_panel=_FILES,
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Text to compare on, UTF-8; by default a bundled sample.",
+        show_default=False,
+        rich_help_panel=_FILES,
+    ),
+]

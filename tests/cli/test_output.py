@@ -1,0 +1,100 @@
+"""The module that prints: modes, progress with and without a terminal, and colours.
+
+Run: pytest tests/cli/test_output.py
+"""
+
+from __future__ import annotations
+
+import logging
+
+import moe_compose_cli.output as module
+import pytest
+from moe_compose_cli.output import LogHandler, Output, visible
+
+from moe_compose.checkpoint.writer import Progress
+from moe_compose.errors import WriteError
+
+
+def test_what_is_not_printable_is_escaped() -> None:
+    assert visible("a\x1b[0m\x07é→\n\t\udcff") == "a\\x1b[0m\\x07é→\n\t\\udcff"
+
+
+def test_lines_of_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every ten seconds and at the end; bytes of an earlier write are no speed of this one."""
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    mib = 1 << 20
+    with Output().progress("writing out") as report:
+        assert report is not None
+        for seconds, done in ((0, 100), (5, 200), (10, 300), (12, 350), (20, 500), (25, 1000)):
+            clock[0] = seconds
+            report(Progress(done * mib, 1000 * mib, "a"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "writing out: 300.0 MiB of 1000.0 MiB (30%), 20.0 MiB/s, 35 s left",
+        "writing out: 500.0 MiB of 1000.0 MiB (50%), 20.0 MiB/s, 25 s left",
+        "writing out: 1000.0 MiB of 1000.0 MiB (100%), 36.0 MiB/s",
+    ]
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output()
+    out.configure(quiet=True)
+    out.show("a screen")
+    out.hint("a hint")
+    with out.progress("writing") as report, out.waiting("waiting"):
+        assert report is None
+    out.result({"a": 1}, "the line")
+    assert capsys.readouterr() == ("the line\n", "")
+
+
+def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output()
+    out.configure(as_json=True, quiet=True)
+    out.show("a screen")
+    out.hint("a hint")
+    out.result({"a": float("nan"), "b": "é"}, "the line")
+    captured = capsys.readouterr()
+    assert captured.out == '{\n  "a": null,\n  "b": "é"\n}\n'
+    assert captured.err == "a hint\n"
+
+
+def test_errors_say_rule_problems_and_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().error(WriteError("out/[bold] is full", problems=["a", "b"], hint="Free some."))
+    assert capsys.readouterr() == ("", "Error: out/[bold] is full\n  - a\n  - b\n  Free some.\n")
+
+
+def test_colours_only_where_they_are_wanted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    Output().error(WriteError("no"))
+    assert "\x1b[1;31m" in capsys.readouterr().err
+    monkeypatch.setenv("NO_COLOR", "1")
+    Output().error(WriteError("no"))
+    assert "31m" not in capsys.readouterr().err
+
+
+def test_warnings_of_the_library_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.Logger("moe_compose", logging.INFO)
+    logger.addHandler(LogHandler())
+    logger.warning("%s left out", "[x]")
+    assert capsys.readouterr() == ("", "Warning: [x] left out\n")
+
+
+def test_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Output().progress("writing [bold]out") as report:
+        assert report is not None
+        report(Progress(512, 1024, "a"))
+        report(Progress(1024, 1024, "a"))
+    shown = capsys.readouterr().err
+    assert "writing [bold]out" in shown
+    assert "100%" in shown
+    assert "[progress" not in shown

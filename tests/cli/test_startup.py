@@ -1,0 +1,98 @@
+"""What a command may cost before it does anything: no torch, no transformers, no numpy.
+
+Run: pytest tests/cli/test_startup.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hand_made import Make
+
+HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
+PROBE = f"""
+import json, sys, time
+from moe_compose_cli.main import run
+code = run(sys.argv[1:])
+found = [name for name in {HEAVY} if name in sys.modules]
+print(json.dumps([code, found, time.process_time()]), file=sys.stderr)
+"""
+
+
+def probe(*words: str) -> tuple[int, list[str], float]:
+    """Exit code, heavy modules that were imported, and seconds of processor time."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, check=True
+    )
+    code, found, seconds = json.loads(done.stderr.splitlines()[-1])
+    return code, found, seconds
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("--version",),
+        ("upcycle", "--help"),
+        ("validate", "--help"),
+        ("ls", "methods"),
+        ("ls", "architectures"),
+        ("ls", "architectures", "--json"),
+    ],
+)
+def test_torch_is_not_imported(words: tuple[str, ...]) -> None:
+    code, found, seconds = probe(*words)
+    assert (code, found) == (0, [])
+    assert seconds < 1  # 0.2 on the machine this was written on
+
+
+@pytest.mark.parametrize("flag", ["--json", "--quiet"])
+def test_nor_by_inspect(make: Make, flag: str) -> None:
+    folder = make("mixtral").path
+    assert probe("inspect", str(folder), flag)[:2] == (0, [])
+    assert probe("inspect", str(folder))[:2] == (0, [])
+
+
+def test_nor_by_the_package_itself() -> None:
+    code = (
+        "import sys, moe_compose as mc; mc.Checkpoint, mc.UpcycleOptions, mc.inspect, mc.write;"
+        f"print([n for n in {HEAVY} if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_terminal_without_utf_8(make: Make) -> None:
+    folder = str(make("mixtral", name="mödel").path)
+    program = "from moe_compose_cli.main import main; main()"
+    for words in (["inspect", folder, "--json"], ["inspect", folder]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            check=True,
+        )
+        if "--json" in words:
+            assert json.loads(done.stdout)["checkpoint"] == "mödel"
+        else:
+            assert done.stdout.startswith(b"m\\xf6del")
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    program = "from moe_compose_cli.main import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, "ls", "architectures", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    err = child.stderr.read()
+    child.stderr.close()
+    child.wait()
+    assert err == b""
