@@ -1,0 +1,123 @@
+"""The house keeps its own rules: layers, packages, style, types. pytest tests/test_house.py"""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "moe_compose"
+
+#: Low to high; nobody imports upwards. Modules of one level may import each other.
+LEVELS = [
+    {"errors", "version"},
+    {"checkpoint", "architectures"},
+    {"routing", "surgery"},
+    {"validation"},
+    {"reporting"},
+    {""},
+]
+LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
+
+#: Heavy packages, and the rooms that may import them at module level.
+HEAVY = {"torch": {"routing"}, "transformers": set(), "numpy": set(), "triton": set()}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imports(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((a.name, node) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module, node
+            yield from ((f"{node.module}.{a.name}", node) for a in node.names)
+
+
+FILES = sorted(LIBRARY.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nobody_imports_upwards(path):
+    mine = LEVEL[room_of(path)]
+    for name, _ in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "moe_compose" and len(parts) > 1 and parts[1] in LEVEL:
+            assert LEVEL[parts[1]] <= mine, f"{path.name} imports {name}"
+        assert parts[0] != "moe_compose_cli", "the library does not know its command line"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    for node in ast.parse(path.read_text()).body:
+        for name, _ in imports(node) if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            package = name.split(".")[0]
+            if package in HEAVY:
+                assert room_of(path) in HEAVY[package], f"{path.name} imports {package} on import"
+
+
+def test_the_library_never_prints():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"print", "input", "exit"}, path
+
+
+def test_one_module_of_the_command_line_prints():
+    def prints(path: Path) -> bool:
+        calls = (n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+        return any(isinstance(f, ast.Name) and f.id in {"print", "Console"} for f in calls)
+
+    assert [p.name for p in (ROOT / "cli").rglob("*.py") if prints(p)] == ["output.py"]
+
+
+def test_only_architectures_know_families():
+    """No file outside architectures/ compares a model_type with a name."""
+    from moe_compose.architectures import all_architectures
+
+    families = set(all_architectures())
+    for path in FILES:
+        if room_of(path) == "architectures":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                for side in (node.left, *node.comparators):
+                    found = {n.value for n in ast.walk(side) if isinstance(n, ast.Constant)}
+                    assert not found & families, f"{path}:{node.lineno}"
+
+
+def test_every_package_is_listed():
+    """A package missing from the list works in an editable install and is absent from the wheel."""
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts).replace("cli", "moe_compose_cli", 1)
+        if p.is_relative_to(ROOT / "cli")
+        else ".".join(p.parent.relative_to(ROOT).parts)
+        for folder in ("moe_compose", "cli")
+        for p in (ROOT / folder).rglob("__init__.py")
+    }
+    assert listed == found
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_style():
+    run("ruff", "check", "--no-cache", ".")
+    run("ruff", "format", "--check", "--no-cache", ".")
+
+
+def test_types():
+    run("mypy")
