@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from moe_compose.reporting.inspection import Inspection, inspect
     from moe_compose.reporting.publish import record_validation, write
     from moe_compose.surgery.plan import Plan
-    from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+    from moe_compose.surgery.upcycle import upcycle
+    from moe_compose.surgery.upcycle_options import UpcycleOptions
     from moe_compose.validation import validate
     from moe_compose.validation.report import ValidationReport
 
@@ -40,7 +41,7 @@ _HOME = {
     "Checkpoint": "checkpoint.reader",
     "inspect": "reporting.inspection",
     "Inspection": "reporting.inspection",
-    "UpcycleOptions": "surgery.upcycle",
+    "UpcycleOptions": "surgery.upcycle_options",
     "upcycle": "surgery.upcycle",
     "Plan": "surgery.plan",
     "write": "reporting.publish",

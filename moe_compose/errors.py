@@ -55,8 +55,7 @@ class UnsupportedError(MoeComposeError):
 
 
 class PlanError(MoeComposeError):
-    """A plan that breaks a law: a tensor unaccounted for, a shape that its transforms do not give.
-    """
+    """A plan that breaks a law: a tensor unaccounted for, a shape its transforms do not give."""
 
 
 class WriteError(MoeComposeError):

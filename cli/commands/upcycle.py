@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_compose.checkpoint.writer import SHARD_SIZE
-from moe_compose.surgery.upcycle import UpcycleOptions
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 from ..output import out
 from ..parameters import (

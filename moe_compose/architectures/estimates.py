@@ -42,17 +42,18 @@ def _cache_per_token(config: Mapping[str, Any]) -> int | None:
     """bf16 bytes of keys and values of one token over all layers, ignoring windows (an upper
     bound).
     """
-    layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
-    hidden = config.get("hidden_size")
-    if not (
-        isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int) and heads
-    ):
+
+    def entry(name: str) -> int:
+        value = config.get(name)
+        return value if isinstance(value, int) and value > 0 else 0
+
+    layers, heads = entry("num_hidden_layers"), entry("num_attention_heads")
+    if not (layers and heads and entry("hidden_size")):
         return None
-    latent = config.get("kv_lora_rank")
-    if isinstance(latent, int):  # multi-head latent attention keeps one compressed vector
-        return 2 * layers * (latent + int(config.get("qk_rope_head_dim") or 0))
+    if latent := entry("kv_lora_rank"):  # multi-head latent attention keeps one compressed vector
+        return 2 * layers * (latent + entry("qk_rope_head_dim"))
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         layers = sum("attention" in str(k) and "linear" not in str(k) for k in kinds)
-    head_dim = config.get("head_dim") or hidden // heads
-    return 2 * 2 * layers * int(config.get("num_key_value_heads") or heads) * int(head_dim)
+    head_dim = entry("head_dim") or entry("hidden_size") // heads
+    return 2 * 2 * layers * (entry("num_key_value_heads") or heads) * head_dim

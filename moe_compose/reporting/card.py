@@ -21,7 +21,7 @@ from moe_compose.reporting.markdown import cell, code, table
 from moe_compose.reporting.receipt import measured
 from moe_compose.reporting.units import bytes_text, count
 from moe_compose.surgery.plan import Plan, PlanSummary
-from moe_compose.surgery.upcycle import METHODS
+from moe_compose.surgery.upcycle_options import METHODS
 from moe_compose.validation.report import ValidationReport
 from moe_compose.version import __version__
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_compose.architectures import Architecture, all_architectures
 from moe_compose.architectures.base import REQUIRED, Key, Routing, RoutingForm
-from moe_compose.surgery.upcycle import METHODS
+from moe_compose.surgery.upcycle_options import METHODS
 
 #: Method of `upcycle` → the preservation class it aims at. The plan states the class that holds.
 PRESERVATION: Mapping[str, str] = {

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from moe_compose.checkpoint.source import TORCH_DTYPES, Extent, TensorSource, torch_dtype
 from moe_compose.errors import PlanError
-from moe_compose.surgery.transforms import Concat, Read, Rows, Stack, Take, Transform
+from moe_compose.surgery.indices import Rows
+from moe_compose.surgery.transforms import Concat, Read, Stack, Take, Transform
 
 if TYPE_CHECKING:
     import torch

@@ -12,28 +12,15 @@ from moe_compose.architectures import Architecture, MoE
 from moe_compose.architectures.base import Matrices, RouterTensor
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError
-from moe_compose.surgery.draws import Draw, Sample, SampleSlice
+from moe_compose.surgery.arithmetic import Full, Noise, Random, Redraw, Scale, cast
+from moe_compose.surgery.draws import Draw
+from moe_compose.surgery.indices import Indices, Picks, Rows, Sample, SampleSlice
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.preservation import default_router_std, output_factor, split_factor
-from moe_compose.surgery.transforms import (
-    Concat,
-    Full,
-    Indices,
-    Noise,
-    Picks,
-    Random,
-    Read,
-    Redraw,
-    Rows,
-    Scale,
-    Stack,
-    Take,
-    Transform,
-    cast,
-)
+from moe_compose.surgery.transforms import Concat, Read, Stack, Take, Transform
 
 if TYPE_CHECKING:
-    from moe_compose.surgery.upcycle import UpcycleOptions
+    from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 
 @dataclass(frozen=True, slots=True)

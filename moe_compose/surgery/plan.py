@@ -23,7 +23,8 @@ from moe_compose.architectures.parts import Parameters, count_parameters, layout
 from moe_compose.checkpoint.source import Extent, TensorInfo, TensorSource
 from moe_compose.errors import PlanError
 from moe_compose.surgery import evaluate
-from moe_compose.surgery.transforms import Full, Transform
+from moe_compose.surgery.arithmetic import Full
+from moe_compose.surgery.transforms import Transform
 from moe_compose.version import __version__
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from moe_compose.errors import UnsupportedError
 from moe_compose.surgery.plan import Preservation
 
 if TYPE_CHECKING:
-    from moe_compose.surgery.upcycle import UpcycleOptions
+    from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 
 #: Largest noise, in units of a matrix's own deviation, that still counts as approximate.
@@ -97,7 +97,8 @@ def classify(
         )
     noise = f"noise of {options.noise_std:g}·σ on {options.ratio:.0%} of each expert's neurons"
     changes = [*problems.values(), *([noise] if options.method == "noise" else [])]
-    small = set(problems) <= {"unnormalised"} and options.noise_std <= SMALL_NOISE
+    loud = options.method == "noise" and options.noise_std > SMALL_NOISE
+    small = set(problems) <= {"unnormalised"} and not loud
     if changes and small:
         return Preservation("approximate", "; ".join(changes), APPROXIMATE_KL)
     if changes:
@@ -111,7 +112,7 @@ def classify(
 def _rounded_to(
     form: Architecture, config: Mapping[str, Any], options: UpcycleOptions, source_dtype: str
 ) -> str | None:
-    """The 16-bit dtype that weights are rounded to on the way, if any; powers of two round nothing."""
+    """The 16-bit dtype that weights are rounded to, if any; powers of two round nothing."""
     stored = options.dtype or CONFIG_DTYPES.get(source_dtype)
     if stored not in ("bfloat16", "float16"):
         return None
@@ -129,19 +130,19 @@ def _inexact(
     if routing.sums_to is None:
         if routing.score != "softmax":
             raise UnsupportedError(
-                f"the routing of {form.model_type} ({routing.describe()}) gives weights whose sum depends on the "
-                "router: no copy of an FFN is exact under it",
-                hint="Choose another --target, or --method shared where the family has shared experts.",
+                f"the routing of {form.model_type} ({routing.describe()}) gives weights whose sum "
+                "depends on the router: no copy of an FFN is exact under it",
+                hint="Choose another --target, or --method shared where there are shared experts.",
             )
         found["unnormalised"] = (
-            f"weights are not renormalised; outputs are scaled by E·G/k = "
+            "weights are not renormalised; outputs are scaled by E·G/k = "
             f"{output_factor(form, config, options):g}, right for a uniform router only"
         )
     if options.granularity > 1:
         if options.top_k % options.granularity:
             found["split-groups"] = (
-                f"top_k ({options.top_k}) is no multiple of the granularity ({options.granularity}), "
-                "so the last virtual group is cut"
+                f"top_k ({options.top_k}) is no multiple of the granularity "
+                f"({options.granularity}), so the last virtual group is cut"
             )
         if "independent-rows" in options.allow:
             found["independent-rows"] = "each granular expert has a router row of its own"

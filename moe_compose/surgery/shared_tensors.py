@@ -12,9 +12,11 @@ from typing import Any
 from moe_compose.architectures import Architecture, Twin
 from moe_compose.architectures.base import Key
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorInfo, TensorSource
+from moe_compose.surgery.arithmetic import Full, cast
 from moe_compose.surgery.experts import dense_layer
+from moe_compose.surgery.indices import Picks, Rows
 from moe_compose.surgery.plan import OutputTensor
-from moe_compose.surgery.transforms import Full, Picks, Read, Rows, Take, Transform, cast
+from moe_compose.surgery.transforms import Read, Take, Transform
 
 #: Buffers that old checkpoints store and every model recomputes.
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")

@@ -14,7 +14,7 @@ from moe_compose.architectures.dialects import both_dialects, rope_per_layer_typ
 from moe_compose.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from moe_compose.surgery.upcycle import UpcycleOptions
+    from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 #: Width of the silent shared expert that a family demands and a copy has no use for.
 IDLE_SHARED_WIDTH = 32
@@ -126,7 +126,8 @@ def _layers(
         refusal = "this family has no dense layers"
     if refusal:
         raise UnsupportedError(
-            f"{form.model_type} cannot hold dense layers as --layers {options.layers} leaves them: {refusal}",
+            f"{form.model_type} cannot hold dense layers as --layers {options.layers} leaves them: "
+            f"{refusal}",
             hint="Use --layers all, or a target with both kinds, such as qwen2_moe or qwen3_moe.",
         )
     form.sparse.edit(config, sparse)

@@ -140,8 +140,13 @@ def _last_surgery(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 def _stated(last: Mapping[str, Any]) -> Preservation:
     stated = last.get("preservation")
-    if isinstance(stated, Mapping):
-        return Preservation(**stated)
+    if stated is not None:
+        try:
+            return Preservation(**stated)
+        except TypeError as e:
+            raise CheckpointError(
+                f"{HISTORY} states no preservation class that this version knows: {e}"
+            ) from e
     return Preservation("exact", "nothing else is stated, so the same function is expected")
 
 

@@ -67,6 +67,11 @@ def sequences(
     """
     import torch
 
+    if tokenizer is None and data is not None:
+        raise OptionError(
+            f"{data.name} cannot be tokenised: the checkpoint has no tokenizer that loads",
+            hint="Without --data, token ids spread over the vocabulary are compared.",
+        )
     if tokenizer is None:
         ids = torch.arange(tokens, dtype=torch.int64) * 7919 % vocabulary
         return Sequences("token ids spread over the vocabulary", torch.split(ids[None], longest, 1))

@@ -19,7 +19,7 @@ from moe_compose.architectures import Architecture, Twin, all_architectures
 from moe_compose.architectures.base import Key
 from moe_compose.architectures.dialects import both_dialects, state_facts
 from moe_compose.surgery.target import target_config
-from moe_compose.surgery.upcycle import UpcycleOptions
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 FORMS = all_architectures()
 DENSE = [form for form in FORMS.values() if not form.is_moe]

@@ -15,7 +15,7 @@ from moe_compose_cli.main import app
 from moe_compose_cli.parameters import attribute_docs, flag_of, parse_bytes, with_options
 from typer.main import get_command
 
-from moe_compose.surgery.upcycle import UpcycleOptions
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 
 @dataclass(frozen=True, kw_only=True)

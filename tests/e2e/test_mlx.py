@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.writer import write
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 os.environ["MLX_DISABLE_COMPILE"] = "1"  # compiling for the CPU starts a C++ compiler per kernel
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install -e '.[dev]')")

@@ -21,7 +21,7 @@ from moe_compose.reporting.catalogue import PRESERVATION, families, methods
 from moe_compose.reporting.documents import encode, history_of, plain
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.transforms import Read
-from moe_compose.surgery.upcycle import METHODS
+from moe_compose.surgery.upcycle_options import METHODS
 from moe_compose.validation.report import Agreement, Check, Receipt, ValidationReport
 
 PASSES = ValidationReport(checkpoint="out", checks=(Check("tensors", "pass", "all there"),))

@@ -196,9 +196,10 @@ def in_old_dialect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """`config.json` less what its class assumes anyway; sizes and identity stay."""
-    assumed = type(AutoConfig.for_model(config["model_type"]))().to_dict()
-    kept = {*SIZES, "model_type", "architectures", "dtype"}
+    """`config.json` less what its class assumes, or computes from the sizes, anyway."""
+    sizes = {name: config[name] for name in (*SIZES, *MAMBA) if name in config}
+    assumed = AutoConfig.for_model(config["model_type"], **sizes).to_dict()
+    kept = {*sizes, "model_type", "architectures", "dtype"}
     return {k: v for k, v in config.items() if k in kept or k not in assumed or assumed[k] != v}
 
 

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.surgery.plan import Plan
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 D, F, V, LAYERS, E = 32, 40, 96, 2, 4
 LLAMA = {

@@ -32,7 +32,8 @@ from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.writer import write
 from moe_compose.errors import UnsupportedError
 from moe_compose.surgery.plan import Plan
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 #: Mean KL to the source that an exact pair stays under, in nats per token.
 KL = 1e-9
@@ -136,12 +137,6 @@ LONGROPE = {
 
 each = pytest.mark.parametrize("pair", PAIRS, ids=str)
 each_copied = pytest.mark.parametrize("pair", COPIED, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of tiny models load in a second; nobody reads their bars."""
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def options(pair: Pair, **changes: Any) -> UpcycleOptions:
@@ -275,6 +270,17 @@ def test_hunyuans_alpha(old: bool, tmp_path: Path) -> None:
     pair = Pair("hunyuan_v1_dense", "hunyuan_v1_moe")
     source = rope(rope_type="dynamic", alpha=1000.0, factor=1.0)
     assert_exact(grown(pair, tmp_path, in_old_dialect if old else None, source=source))
+
+
+def test_windows_by_a_first_layer(tmp_path: Path) -> None:
+    """Published Qwen3 configs have `max_window_layers` and no list of layer types."""
+
+    def rewrite(config: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in config.items() if k != "layer_types"}
+
+    found = grown(Pair("qwen3", "mellum", MIXED_WINDOWS), tmp_path, rewrite)
+    assert_exact(found)
+    assert found[1].config["layer_types"] == ["full_attention", *["sliding_attention"] * 2]
 
 
 def test_lfm2_as_its_makers_publish_it(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from dense import dense_llama
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.writer import write
 from moe_compose.errors import PlanError
+from moe_compose.surgery.arithmetic import Full
 from moe_compose.surgery.plan import OutputTensor
-from moe_compose.surgery.transforms import Full, Read
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.transforms import Read
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 METHODS = {
     "copy": {},

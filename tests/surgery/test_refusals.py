@@ -22,7 +22,8 @@ from moe_compose.architectures.family import Require
 from moe_compose.architectures.refused import NO_PAIR, NO_SOURCE, NO_TARGET
 from moe_compose.checkpoint.source import Extent, TensorInfo
 from moe_compose.errors import UnsupportedError
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 
 @dataclass(frozen=True)

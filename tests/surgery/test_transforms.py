@@ -13,22 +13,10 @@ from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorInfo
 from moe_compose.errors import PlanError
 from moe_compose.surgery import evaluate
-from moe_compose.surgery.draws import Draw, Sample, SampleSlice
-from moe_compose.surgery.transforms import (
-    Cast,
-    Concat,
-    Full,
-    Noise,
-    Picks,
-    Random,
-    Read,
-    Redraw,
-    Rows,
-    Scale,
-    Stack,
-    Take,
-    Transform,
-)
+from moe_compose.surgery.arithmetic import Cast, Full, Noise, Random, Redraw, Scale
+from moe_compose.surgery.draws import Draw
+from moe_compose.surgery.indices import Picks, Rows, Sample, SampleSlice
+from moe_compose.surgery.transforms import Concat, Read, Stack, Take, Transform
 
 
 @pytest.fixture(scope="module")

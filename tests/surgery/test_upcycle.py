@@ -11,8 +11,11 @@ import torch
 from dense import dense_llama
 
 from moe_compose.errors import OptionError, UnsupportedError
+from moe_compose.surgery.draws import Draw
+from moe_compose.surgery.indices import Sample
 from moe_compose.surgery.target import choose_layers
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 F, D, E = 64, 32, 8
 
@@ -69,7 +72,7 @@ def test_drop_redraws_one_neuron_set_per_expert(dense, ratio):
 
 
 def test_drop_redraws_from_the_blocks_own_statistics(tmp_path):
-    """Mean and deviation of the redrawn block within sampling error (5 σ) of the block it replaces."""
+    """Mean and deviation of a redrawn block: within sampling error (5 σ) of the block's."""
     wide = dense_llama(tmp_path, intermediate_size=512, hidden_size=64, num_hidden_layers=1)
     plan = plan_of(wide, "drop", num_experts=2)
     gate, up, down = ffn(wide)
@@ -276,8 +279,6 @@ def test_expert_widths_that_engines_refuse_are_noted(tmp_path):
 
 def test_neuron_sets_are_uniform():
     """Over many experts every neuron is drawn about equally often."""
-    from moe_compose.surgery.draws import Draw, Sample
-
     counts = np.zeros(F)
     for e in range(2000):
         counts[Sample(Draw(0, f"layer 0 expert {e} neurons"), F, F // 2).indices()] += 1

@@ -12,7 +12,8 @@ from mutants import mutant
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.writer import write
 from moe_compose.errors import CheckpointError, OptionError
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 from moe_compose.validation import validate
 from moe_compose.validation.text import read_text
 
@@ -178,3 +179,17 @@ def test_damaged_history_is_an_error(moe, tmp_path):
     (broken.path / "moe_compose.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a list of records"):
         validate(Checkpoint.open(broken.path))
+
+
+def test_records_of_other_versions_are_an_error(moe, tmp_path):
+    broken = mutant(moe, tmp_path / "m")
+    record = [{"preservation": {"kind": "exact", "why": "x", "since": "v9"}}]
+    (broken.path / "moe_compose.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="states no preservation class"):
+        validate(Checkpoint.open(broken.path), against=moe)
+
+
+def test_text_without_a_tokenizer_is_refused(moe, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time")
+    with pytest.raises(OptionError, match="no tokenizer that loads"):
+        validate(moe, against=moe, data=tmp_path / "text.txt")

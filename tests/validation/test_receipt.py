@@ -13,7 +13,8 @@ from mutants import mutant
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.writer import write
 from moe_compose.surgery.plan import Preservation
-from moe_compose.surgery.upcycle import UpcycleOptions, upcycle
+from moe_compose.surgery.upcycle import upcycle
+from moe_compose.surgery.upcycle_options import UpcycleOptions
 from moe_compose.validation import validate
 from moe_compose.validation.parity import agree, judge
 from moe_compose.validation.report import Agreement
