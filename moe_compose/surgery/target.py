@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_compose.architectures import Architecture, Twin, targets_of
+from moe_compose.architectures import Architecture, Twin
 from moe_compose.architectures.base import Key
-from moe_compose.architectures.dialects import both_dialects, rope_per_layer_type, state_facts
+from moe_compose.architectures.dialects import both_dialects
 from moe_compose.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ IDLE_SHARED_WIDTH = 32
 
 
 def target_config(
-    source: Mapping[str, Any],
+    stated: Mapping[str, Any],
     dense: Architecture,
     form: Architecture,
     twin: Twin,
@@ -30,29 +30,15 @@ def target_config(
     """`config.json` of the result.
 
     Args:
-        source: the dense checkpoint's config.
+        stated: the source's config, as `stated_config` gives it.
         dense: the source's form.
         form: the target's form.
         twin: how the two pair.
         options: of the upcycle.
 
     Raises:
-        UnsupportedError: facts of the source without a home in the target, or a layer choice it
-    cannot hold.
+        UnsupportedError: a width or a layer choice that the target cannot hold.
     """
-    stated = state_facts(source, dense)
-    both_dialects(stated, dense)
-    if problems := unmet(stated, dense, form):
-        fitting = [
-            a.model_type for a in targets_of(dense.model_type) if not unmet(stated, dense, a)
-        ]
-        raise UnsupportedError(
-            f"{dense.model_type} → {form.model_type} is not exact for this checkpoint",
-            problems=problems,
-            hint=f"Exact for it: --target {' or '.join(fitting)}."
-            if fitting
-            else f"No target of {dense.model_type} has a home for all of this checkpoint.",
-        )
     config = {k: v for k, v in stated.items() if k not in (*twin.drop, "auto_map")}
     config |= {"architectures": [form.hf_class], "model_type": form.model_type}
     if options.dtype is not None:
@@ -64,22 +50,6 @@ def target_config(
     _layers(config, dense, form, options)
     both_dialects(config, form)
     return config
-
-
-def unmet(stated: Mapping[str, Any], dense: Architecture, form: Architecture) -> list[str]:
-    """Facts of a source that the target has no home for, in words; empty where the pair is exact.
-
-    Args:
-        stated: the source's config, its silent assumptions written out, in both dialects.
-        dense: the source's form.
-        form: the target's form.
-    """
-    twin = form.twin_of(dense.model_type)
-    assert twin is not None
-    problems = [why for r in twin.requires if (why := r.broken_by(stated))]
-    if rope_per_layer_type(stated) and not (form.per_layer_rope and dense.per_layer_rope):
-        problems.append("rope_parameters per layer type have no home: there is one set for all")
-    return problems
 
 
 def _experts(

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from moe_compose.architectures import Architecture, Twin, all_architectures, find, targets_of
-from moe_compose.architectures.refused import NO_TARGET, why_not
+from moe_compose.architectures import Architecture
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.errors import UnsupportedError
 from moe_compose.surgery.experts import sparse_layer
+from moe_compose.surgery.pairing import choose_target, dense_form, stated_config
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.preservation import classify
 from moe_compose.surgery.shared_tensors import carried, common_dtype, natural
@@ -43,10 +42,11 @@ def upcycle(source: TensorSource, options: UpcycleOptions) -> Plan:
         >>> plan.preservation.kind
         'exact'
     """
-    dense = _dense_form(source.config)
-    form, twin = _target(dense, options)
+    dense = dense_form(source.config)
+    stated = stated_config(source.config, dense)
+    form, twin = choose_target(stated, dense, options)
     check_options(options, form, dense, source.config)
-    config = target_config(source.config, dense, form, twin, options)
+    config = target_config(stated, dense, form, twin, options)
     preservation = classify(form, config, twin, options, common_dtype(source))
     dtype = output_dtype(options)
     files = {n: p for n, p in source.files.items() if n != "README.md" and not n.endswith(".py")}
@@ -67,49 +67,6 @@ def upcycle(source: TensorSource, options: UpcycleOptions) -> Plan:
         card=source.files.get("README.md"),
     )
     return plan.check()
-
-
-def _dense_form(config: Mapping[str, Any]) -> Architecture:
-    form = find(config)
-    form = form.of(config) if form is not None else None
-    model_type = str(config.get("model_type"))
-    if form is not None and form.is_moe:
-        raise UnsupportedError(
-            f"{model_type} is a mixture of experts already; upcycle starts from a dense model"
-        )
-    if form is None or not targets_of(form.model_type):
-        reason = NO_TARGET.get(model_type, "no pair is known for it")
-        known = sorted({t.dense for a in all_architectures().values() for t in a.twins})
-        raise UnsupportedError(
-            f"no MoE family computes what a dense {model_type!r} computes: {reason}",
-            hint=f"Dense families with an exact target: {', '.join(known)}.",
-        )
-    if config.get("quantization_config"):
-        raise UnsupportedError(
-            "the source is quantised (quantization_config); experts are made from plain weights",
-            hint="Upcycle the unquantised checkpoint, and quantise the result.",
-        )
-    return form
-
-
-def _target(dense: Architecture, options: UpcycleOptions) -> tuple[Architecture, Twin]:
-    """The target asked for, or the first in the registry, whose order is by portability."""
-    targets = {a.model_type: a for a in targets_of(dense.model_type)}
-    if options.method == "shared" and options.target is None:
-        targets = {m: a for m, a in targets.items() if a.shared or a.parallel_mlp}
-        if not targets:
-            raise UnsupportedError(
-                f"no target of {dense.model_type} has a shared expert, which --method shared needs"
-            )
-    name = options.target or next(iter(targets))
-    form = targets.get(name)
-    twin = form.twin_of(dense.model_type) if form else None
-    if form is None or twin is None:
-        raise UnsupportedError(
-            f"{dense.model_type} → {name} is not exact: {why_not(dense.model_type, name)}",
-            hint=f"Exact targets of {dense.model_type}: {', '.join(targets)}.",
-        )
-    return form, twin
 
 
 def _notes(form: Architecture, config: Mapping[str, Any], options: UpcycleOptions) -> Iterator[str]:
