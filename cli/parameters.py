@@ -118,6 +118,9 @@ def parse_bytes(size: str | int) -> int:
 # Shared flags mean the same in every command.
 _FILES, _SHOWN = "Output", "What is shown"
 
+Output = Annotated[
+    Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the result.")
+]
 Json = Annotated[
     bool,
     typer.Option(

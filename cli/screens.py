@@ -13,7 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moe_compose.reporting.inspection import CONVENTION, Inspection, inspect, parts_of
+from moe_compose.reporting.inspect import inspect
+from moe_compose.reporting.inspection import CONVENTION, Inspection, parts_of
 from moe_compose.reporting.units import bytes_text, count
 
 from .output import visible
@@ -244,6 +245,7 @@ def _receipt(receipt: Receipt) -> Iterator[RenderableType]:
             a.dtype,
             f"{a.max_error:.1e}",
             f"{a.relative_error:.1e}",
+            f"{a.median_error:.1e}",
             f"{a.kl:.1e}",
             f"{a.top1:.2%}",
             f"{a.loss:.4f}",
@@ -251,11 +253,14 @@ def _receipt(receipt: Receipt) -> Iterator[RenderableType]:
         )
         for a in receipt.agreements
     ]
-    head = ("logits in", "max error", "relative", "KL (nats)", "top-1", "loss", "source's")
+    head = (
+        *("logits in", "max error", "relative", "median"),
+        *("KL (nats)", "top-1", "loss", "source's"),
+    )
     yield Padding(grid_of(head, rows, 1), (0, 0, 0, 2), expand=False)
     for a in receipt.agreements:
         if a.noise is not None:
-            text = f"the source in {a.dtype} against itself in float32: relative {a.noise:.1e}"
+            text = f"the source in {a.dtype} against itself in float32: median {a.noise:.1e}"
             top1 = f", top-1 {a.noise_top1:.2%}" if a.noise_top1 is not None else ""
             yield Padding(Text(text + top1, style="dim"), (0, 0, 0, 2), expand=False)
     sign, style = _SIGNS["pass" if receipt.met else "fail"]

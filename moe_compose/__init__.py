@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         WriteError,
     )
     from moe_compose.reporting.card import model_card
-    from moe_compose.reporting.inspection import Inspection, inspect
+    from moe_compose.reporting.inspect import inspect
+    from moe_compose.reporting.inspection import Inspection
     from moe_compose.reporting.publish import record_validation, write
     from moe_compose.surgery.plan import Plan
     from moe_compose.surgery.upcycle import upcycle
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 #: Public name → the module it lives in, in reading order.
 _HOME = {
     "Checkpoint": "checkpoint.reader",
-    "inspect": "reporting.inspection",
+    "inspect": "reporting.inspect",
     "Inspection": "reporting.inspection",
     "UpcycleOptions": "surgery.upcycle_options",
     "upcycle": "surgery.upcycle",

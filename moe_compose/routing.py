@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_compose.architectures.base import Routing
+from moe_compose.architectures.routing_form import Routing
 from moe_compose.errors import OptionError
 
 #: PhiMoE's router always picks two, whatever its config says.

@@ -1,6 +1,7 @@
 """The house keeps its own rules: layers, packages, style, types. pytest tests/test_house.py"""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,9 @@ LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Heavy packages, and the rooms that may import them at module level.
 HEAVY = {"torch": {"routing"}, "transformers": set(), "numpy": set(), "triton": set()}
+
+#: Packages, and the rooms that may import them at all.
+AT_ALL = {"transformers": {"runtime", "training", "validation"}, "triton": {"kernels"}}
 
 
 def room_of(path: Path) -> str:
@@ -62,6 +66,14 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
                 assert room_of(path) in HEAVY[package], f"{path.name} imports {package} on import"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_packages_are_known_to_their_rooms_only(path):
+    for name, _ in imports(ast.parse(path.read_text())):
+        package = name.split(".")[0]
+        rooms = AT_ALL.get(package)
+        assert rooms is None or room_of(path) in rooms, f"{path.name} imports {package}"
+
+
 def test_the_library_never_prints():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -77,19 +89,66 @@ def test_one_module_of_the_command_line_prints():
     assert [p.name for p in (ROOT / "cli").rglob("*.py") if prints(p)] == ["output.py"]
 
 
-def test_only_architectures_know_families():
-    """No file outside architectures/ compares a model_type with a name."""
+#: Programs that are named like a family.
+ENGINES = re.compile(r"llama\.cpp|llama-server")
+
+
+def strings(tree: ast.AST):
+    """Every string of a module that is no docstring, also inside f-strings."""
+    holders = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, holders)]
+    first = [body[0].value for body in bodies if body and isinstance(body[0], ast.Expr)]
+    docstrings = {id(node) for node in first}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            text = node.value.decode("latin-1") if isinstance(node.value, bytes) else node.value
+            if isinstance(text, str):
+                yield text
+
+
+def families_in(source: str, families: set[str]) -> set[str]:
+    """`model_type`s and classes that a module's strings name."""
+    texts = (ENGINES.sub("", text) for text in strings(ast.parse(source)))
+    return families & {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+@pytest.fixture(scope="module")
+def families() -> set[str]:
     from moe_compose.architectures import all_architectures
 
-    families = set(all_architectures())
-    for path in FILES:
-        if room_of(path) == "architectures":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Compare):
-                for side in (node.left, *node.comparators):
-                    found = {n.value for n in ast.walk(side) if isinstance(n, ast.Constant)}
-                    assert not found & families, f"{path}:{node.lineno}"
+    forms = all_architectures().values()
+    return {form.model_type for form in forms} | {form.hf_class for form in forms}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if room_of(p) != "architectures"] + sorted((ROOT / "cli").rglob("*.py")),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_only_architectures_know_families(path, families):
+    assert not families_in(path.read_text(), families)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if kind == "mixtral": pass',
+        'x = {"mixtral": 1}',
+        'match kind:\n    case "mixtral": pass',
+        'f"give {x}, such as mixtral."',
+        'x = "MixtralForCausalLM"',
+        'def f():\n    "A docstring."\n    "mixtral"',
+        'x = b"mixtral"',
+        'x = "llama.cpp runs a llama"',
+    ],
+)
+def test_a_family_is_found_wherever_it_is_named(source, families):
+    assert families_in(source, families)
+
+
+@pytest.mark.parametrize("source", ['"""As in mixtral."""', "mixtral = 1", 'x = "llama.cpp"'])
+def test_a_family_may_be_written_about(source, families):
+    assert not families_in(source, families)
 
 
 def test_every_package_is_listed():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moe_compose.architectures import all_architectures
-from moe_compose.architectures.base import Routing, Score
+from moe_compose.architectures.routing_form import Routing, Score
 from moe_compose.errors import OptionError
 from moe_compose.routing import Routed, route, router_logits, top_indices
 

@@ -23,7 +23,7 @@ def inspect(
     """Show a checkpoint: family, experts, routing, parameters, memory. Reads no weights."""
     out.configure(as_json=as_json, quiet=quiet)
     from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.reporting.inspection import inspect
+    from moe_compose.reporting.inspect import inspect
 
     from ..screens import inspection_screen
 

@@ -20,6 +20,7 @@ from ..parameters import (
     Data,
     DryRun,
     Json,
+    Output,
     Overwrite,
     Quiet,
     Resume,
@@ -35,17 +36,16 @@ if TYPE_CHECKING:
     from moe_compose.validation.report import ValidationReport
 
 
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SOURCE", help="A dense checkpoint: a folder, or org/name@revision."),
+]
+
+
 @with_options(UpcycleOptions)
 def upcycle(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE", help="A dense checkpoint: a folder, or org/name@revision."
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the result.")
-    ],
+    source: Source,
+    output: Output,
     options: UpcycleOptions,
     shard_size: ShardSize = SHARD_SIZE,
     dry_run: DryRun = False,
@@ -69,6 +69,7 @@ def upcycle(
     from ..screens import plan_screen
 
     begun = time.monotonic()
+    _check_text(data)
     dense = Checkpoint.open(source, headers_only=dry_run)
     plan = upcycle(dense, options)
     where: dict[str, Any] = {"shard_size": shard_size, "resume": resume, "overwrite": overwrite}
@@ -78,16 +79,31 @@ def upcycle(
     if dry_run:
         _say_room(destination)
     else:
+        if validate:
+            _preflight(plan)
         written = _write(plan, output, where)
         report = _validate(written, dense, plan, data, source) if validate else None
         _say_next(written, output, source, report)
-    document = _document(plan, output, destination, report)
-    if dense.path is None:  # only headers are here, so what will be copied is not known yet
-        document["copied_bytes"] = None
-    document |= {"dry_run": dry_run, "seconds": round(time.monotonic() - begun, 3)}
-    out.result(document, str(output))
+    document = {"dry_run": dry_run, "seconds": round(time.monotonic() - begun, 3)}
+    out.result(_document(plan, dense, output, destination, report) | document, str(output))
     if report is not None and not report.ok:
         raise typer.Exit(3)
+
+
+def _check_text(data: Path | None) -> None:
+    """What is wrong with the text shall not come out after hours of writing."""
+    from moe_compose.validation.text import read_text
+
+    if data is not None and not data.is_fifo():  # a pipe gives its text only once
+        read_text(data)
+
+
+def _preflight(plan: Plan) -> None:
+    """A tensor too many or too few shall not come out after hours of writing either."""
+    from moe_compose.validation import preflight
+
+    with out.waiting("checking names and shapes against the target's class"):
+        preflight(plan)
 
 
 def _write(plan: Plan, output: Path, where: dict[str, Any]) -> Checkpoint:
@@ -153,7 +169,11 @@ def _say_next(
 
 
 def _document(
-    plan: Plan, output: Path, destination: Destination, report: ValidationReport | None
+    plan: Plan,
+    dense: Checkpoint,
+    output: Path,
+    destination: Destination,
+    report: ValidationReport | None,
 ) -> dict[str, Any]:
     from moe_compose.reporting.inspection import memory_json, parts_of
 
@@ -172,7 +192,8 @@ def _document(
             "by_part": {name: asdict(part) for name, part in parts_of(parameters).items()},
         },
         "bytes": summary.bytes,
-        "copied_bytes": summary.copied_bytes,
+        # where only headers were fetched, what will be copied is not known yet
+        "copied_bytes": None if dense.path is None else summary.copied_bytes,
         "weight_files": {shard.name: shard.size for shard in destination.shards},
         "memory": memory_json(summary.memory),
         "notes": list(plan.notes),

@@ -9,24 +9,28 @@ import typer
 from ..output import out
 from ..parameters import Data, Json, Quiet
 
+Folder = Annotated[
+    str, typer.Argument(metavar="PATH", help="The checkpoint's folder, or its name on the Hub.")
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="SOURCE",
+        help="What it was made from: both are run on text and compared.",
+        show_default=False,
+    ),
+]
+Tokens = Annotated[
+    int, typer.Option("--tokens", min=2, metavar="INT", help="Tokens to compare on.")
+]
+
 
 def validate(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="The checkpoint's folder, or its name on the Hub.")
-    ],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            metavar="SOURCE",
-            help="What it was made from: both are run on text and compared.",
-            show_default=False,
-        ),
-    ] = None,
+    path: Folder,
+    against: Against = None,
     data: Data = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=2, metavar="INT", help="Tokens to compare on.")
-    ] = 1024,
+    tokens: Tokens = 1024,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -50,13 +50,13 @@ def llama_tensors(c: dict) -> list[TensorInfo]:
     return [TensorInfo.of(n, "BF16", s) for n, s in shapes.items()]
 
 
-def make_dense(folder: Path, size: str) -> int:
+def make_dense(folder: Path, shape: dict[str, int]) -> int:
     """A random dense Llama, written without holding it in memory; returns its bytes."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
         "num_attention_heads": 16, "num_key_value_heads": 16, "hidden_act": "silu",
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **MODELS[size],
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **shape,
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path, help="virtual environment with mergekit")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
-    dense_bytes = make_dense(args.folder / "dense", args.size)
+    dense_bytes = make_dense(args.folder / "dense", MODELS[args.size])
     runs: dict[str, list[tuple[float, float]]] = {}
     for _ in range(args.repeat):
         for name, command in contestants(args.folder, args.experts, args.mergekit).items():

@@ -10,7 +10,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from moe_compose.architectures.family import Architecture, MoE, Twin
+from moe_compose.architectures.family import Architecture, MoE
+from moe_compose.architectures.twin import Twin
 
 __all__ = ["Architecture", "MoE", "Twin", "all_architectures", "find", "targets_of"]
 

@@ -1,10 +1,11 @@
 """Arcee's AFMoE (Trinity): sigmoid scores and a correction bias, around gated window attention."""
 
-from moe_compose.architectures.base import Key, RouterTensor, RoutingForm, SharedExperts
+from moe_compose.architectures.base import Key, RouterTensor, SharedExperts
 from moe_compose.architectures.common import LLAMA_MLP, QWEN_EXPERTS
 from moe_compose.architectures.deepseek import DEEPSEEK_SHARED
 from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import FirstDense
+from moe_compose.architectures.routing_form import RoutingForm
 
 AFMOE = Architecture(
     model_type="afmoe",

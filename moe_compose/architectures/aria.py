@@ -1,14 +1,9 @@
 """Aria's text model: experts stacked and transposed under `fc1` (gate and up) and `fc2`."""
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
 from moe_compose.architectures.deepseek import DEEPSEEK_SHARED
 from moe_compose.architectures.family import Architecture
+from moe_compose.architectures.routing_form import RoutingForm
 
 ARIA_TEXT = Architecture(
     model_type="aria_text",

@@ -6,23 +6,13 @@ The dense layers at the front have a width of their own.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_compose.architectures.base import (
-    Computed,
-    Key,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
-from moe_compose.architectures.common import (
-    ALL_HEADS,
-    FULL_ROPE,
-    HEAD_DIM,
-    LLAMA_MLP,
-    QWEN_EXPERTS,
-)
+from moe_compose.architectures.base import Computed, Key, RouterTensor, SharedExperts
+from moe_compose.architectures.common import ALL_HEADS, FULL_ROPE, HEAD_DIM, LLAMA_MLP, QWEN_EXPERTS
 from moe_compose.architectures.deepseek import DEEPSEEK_SHARED
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import FirstDense
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 
 def _attention_types(config: Mapping[str, Any]) -> list[str]:

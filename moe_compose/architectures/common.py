@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_compose.architectures.base import Computed, Key, Matrices
-from moe_compose.architectures.family import Require, Split
+from moe_compose.architectures.twin import Require, Split
 
 LLAMA_MLP = Matrices(
     gate="model.layers.{i}.mlp.gate_proj.weight",

@@ -1,7 +1,8 @@
 """DBRX: experts stacked along rows, `[E·F, D]` for all three matrices; config entries nested."""
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.family import Architecture
+from moe_compose.architectures.routing_form import RoutingForm
 
 DBRX = Architecture(
     model_type="dbrx",

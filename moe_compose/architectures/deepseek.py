@@ -8,21 +8,12 @@ table of token ids.
 
 from dataclasses import replace
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
-from moe_compose.architectures.common import (
-    LLAMA_FACTS,
-    LLAMA_MLP,
-    QWEN_EXPERTS,
-    key_value_heads,
-)
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
+from moe_compose.architectures.common import LLAMA_FACTS, LLAMA_MLP, QWEN_EXPERTS, key_value_heads
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import FirstDense
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 DEEPSEEK_SHARED = Matrices(
     gate="model.layers.{i}.mlp.shared_experts.gate_proj.weight",

@@ -13,14 +13,6 @@ from typing import Any
 from moe_compose.architectures.base import Key
 from moe_compose.architectures.family import Architecture
 
-#: safetensors dtype → the name configs use.
-CONFIG_DTYPES: Mapping[str, str] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}
-
 #: Entries of `rope_parameters` that the old dialect keeps beside `rope_scaling`.
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 

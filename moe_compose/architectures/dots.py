@@ -10,8 +10,8 @@ from moe_compose.architectures.deepseek import (
     SIGMOID_ROUTING,
     WEIGHTS_SUM_TO_1,
 )
-from moe_compose.architectures.family import Twin
 from moe_compose.architectures.layers import FirstDense
+from moe_compose.architectures.twin import Twin
 
 DOTS1 = replace(
     DEEPSEEK_V3,

@@ -3,7 +3,7 @@
 The sparse layers are a run between two indices; with an interval, every so-many-th of it.
 """
 
-from moe_compose.architectures.base import Key, RouterTensor, RoutingForm, SharedExperts
+from moe_compose.architectures.base import Key, RouterTensor, SharedExperts
 from moe_compose.architectures.common import (
     FULL_ROPE,
     LLAMA_BIASES,
@@ -17,8 +17,10 @@ from moe_compose.architectures.common import (
     key_value_heads,
 )
 from moe_compose.architectures.deepseek import DEEPSEEK_SHARED
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import Interval
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 #: Llama with interleaved rotary pairs.
 ERNIE4_5 = Architecture(

@@ -1,15 +1,10 @@
 """Flint: sigmoid scores without a correction bias, a router in fp32, an ungated shared expert."""
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
 from moe_compose.architectures.common import LLAMA_MLP, QWEN_EXPERTS
 from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import StepAndList
+from moe_compose.architectures.routing_form import RoutingForm
 
 FLINT = Architecture(
     model_type="flint",

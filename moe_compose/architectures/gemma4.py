@@ -3,10 +3,12 @@
 The router sees the normed and scaled residual; a learned scale per expert multiplies its weights.
 """
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.common import LLAMA_MLP
-from moe_compose.architectures.family import Architecture, Fill, Require, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import Switch
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Fill, Require, Twin
 
 _NORM = "model.layers.{i}.%s.weight"
 _HIDDEN = ((Key(name="hidden_size"),),)

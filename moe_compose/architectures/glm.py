@@ -26,8 +26,9 @@ from moe_compose.architectures.deepseek import (
     SIGMOID_ROUTING,
     WEIGHTS_SUM_TO_1,
 )
-from moe_compose.architectures.family import Architecture, Require, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import FirstDense, TypeList
+from moe_compose.architectures.twin import Require, Twin
 
 #: ByteDance's Seed-OSS: Llama with biases on queries, keys and values.
 SEED_OSS = Architecture(

@@ -4,8 +4,9 @@ On the Hub the experts are MXFP4: `gate_up_proj_blocks [E, 2F, D/32, 16]` and `_
 transposed. Their activation is a clamped SwiGLU with `up + 1`: no other FFN becomes one of them.
 """
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.family import Architecture
+from moe_compose.architectures.routing_form import RoutingForm
 
 GPT_OSS = Architecture(
     model_type="gpt_oss",

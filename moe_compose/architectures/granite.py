@@ -5,13 +5,7 @@ The dense members of the hybrid family are `granitemoehybrid` checkpoints with z
 everything in the shared MLP.
 """
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
 from moe_compose.architectures.common import (
     ATTENTION_SCALE,
     FULL_ATTENTION,
@@ -22,8 +16,10 @@ from moe_compose.architectures.common import (
     NO_WINDOW,
     WHOLE_HEADS,
 )
-from moe_compose.architectures.family import Architecture, Fill, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import Switch
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Fill, Twin
 
 _EXPERTS = Matrices(
     gate_up="model.layers.{i}.block_sparse_moe.input_linear.weight",

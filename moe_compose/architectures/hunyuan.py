@@ -4,13 +4,7 @@ V3: DeepSeek-V3's router under other names.
 
 from dataclasses import replace
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
 from moe_compose.architectures.common import (
     FULL_ROPE,
     HEAD_DIM,
@@ -19,8 +13,10 @@ from moe_compose.architectures.common import (
     QWEN_EXPERTS,
 )
 from moe_compose.architectures.deepseek import MTP_LAYERS, SIGMOID_ROUTING
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import TypeList
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 _SHARED = Matrices(
     gate="model.layers.{i}.mlp.shared_mlp.gate_proj.weight",

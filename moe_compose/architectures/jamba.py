@@ -1,8 +1,9 @@
 """Jamba: Mamba and attention layers, every other FFN sparse; weights are never renormalised."""
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import Period
+from moe_compose.architectures.routing_form import RoutingForm
 
 _COUNT = Key(name="num_experts", default=16)
 

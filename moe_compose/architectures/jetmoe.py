@@ -1,7 +1,8 @@
 """JetMoE: experts in the FFN *and* in attention, each with a router, both counted by one entry."""
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.family import Architecture
+from moe_compose.architectures.routing_form import RoutingForm
 
 JETMOE = Architecture(
     model_type="jetmoe",

@@ -1,9 +1,10 @@
 """Kolibri: a correction bias on the logits; sigmoids of the unbiased logits weigh the chosen."""
 
-from moe_compose.architectures.base import Key, RouterTensor, RoutingForm, SharedExperts
+from moe_compose.architectures.base import Key, RouterTensor, SharedExperts
 from moe_compose.architectures.common import QWEN_EXPERTS
 from moe_compose.architectures.deepseek import DEEPSEEK_SHARED
 from moe_compose.architectures.family import Architecture
+from moe_compose.architectures.routing_form import RoutingForm
 
 KOLIBRI1 = Architecture(
     model_type="kolibri1",

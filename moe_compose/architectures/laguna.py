@@ -1,15 +1,10 @@
 """Laguna: capped logits, sigmoid, a correction bias stored among the experts, a shared expert."""
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
 from moe_compose.architectures.common import LLAMA_MLP, QWEN_EXPERTS
 from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import TypeList
+from moe_compose.architectures.routing_form import RoutingForm
 
 LAGUNA = Architecture(
     model_type="laguna",

@@ -3,16 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_compose.architectures.base import (
-    Computed,
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-)
+from moe_compose.architectures.base import Computed, Key, Matrices, RouterTensor
 from moe_compose.architectures.common import key_value_heads
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import FirstDense
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 _BIASED = Key(name="use_expert_bias", default=True)
 

@@ -3,15 +3,10 @@
 The sigmoid of a chosen logit multiplies the expert's *input*. Dense layers have their own width.
 """
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
 from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import StepOrList
+from moe_compose.architectures.routing_form import RoutingForm
 
 LLAMA4_TEXT = Architecture(
     model_type="llama4_text",

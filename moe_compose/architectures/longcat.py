@@ -3,9 +3,10 @@
 Some of the router's rows, after those of the experts, stand for the identity.
 """
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.common import QWEN_EXPERTS
 from moe_compose.architectures.family import Architecture
+from moe_compose.architectures.routing_form import RoutingForm
 
 LONGCAT_FLASH = Architecture(
     model_type="longcat_flash",

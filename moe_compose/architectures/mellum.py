@@ -6,10 +6,12 @@ A list says which layers are sparse.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_compose.architectures.base import Computed, Key, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Computed, Key, RouterTensor
 from moe_compose.architectures.common import FULL_ROPE, LLAMA_MLP, QWEN_EXPERTS
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import TypeList
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 
 def _attention_types(config: Mapping[str, Any]) -> list[str]:
@@ -51,6 +53,7 @@ MELLUM = Architecture(
                 "layer_types": Computed(name="layer_types", formula=_attention_types),
                 "rope_parameters": Computed(name="rope_parameters", formula=_same_rope_everywhere),
             },
+            unnormalised_config={"norm_topk_prob": False},
             drop=("rope_theta", "rope_scaling", "use_sliding_window", "max_window_layers"),
             requires=(FULL_ROPE,),
         ),

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from moe_compose.architectures.base import Key, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, RouterTensor
 from moe_compose.architectures.mixtral import MIXTRAL
+from moe_compose.architectures.routing_form import RoutingForm
 
 MINIMAX = replace(
     MIXTRAL,

@@ -1,6 +1,6 @@
 """Mixtral, and the dense Llama and Mistral it grows from: the most portable target there is."""
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.common import (
     FULL_ROPE,
     HEAD_DIM,
@@ -13,7 +13,9 @@ from moe_compose.architectures.common import (
     PHI3_ROPE,
     key_value_heads,
 )
-from moe_compose.architectures.family import Architecture, Portable, Twin
+from moe_compose.architectures.family import Architecture, Portable
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 LLAMA = Architecture(
     model_type="llama",

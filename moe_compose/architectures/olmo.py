@@ -4,9 +4,11 @@ FlexOlmo is OLMo 2 with experts: norms after attention and after the FFN. OLMoE 
 no OLMo 2 becomes one.
 """
 
-from moe_compose.architectures.base import Key, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, RouterTensor
 from moe_compose.architectures.common import FULL_ROPE, LLAMA_FACTS, LLAMA_MLP, QWEN_EXPERTS
-from moe_compose.architectures.family import Architecture, Portable, Twin
+from moe_compose.architectures.family import Architecture, Portable
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 _ROUTER = (RouterTensor(name="model.layers.{i}.mlp.gate.weight"),)
 _ROUTING = RoutingForm(score="softmax", renormalise=Key(name="norm_topk_prob", default=False))
@@ -34,7 +36,14 @@ FLEX_OLMO = Architecture(
     expert_width=Key(name="intermediate_size"),
     router=_ROUTER,
     routing=_ROUTING,
-    twins=(Twin(dense="olmo2", config={"norm_topk_prob": True}, requires=(FULL_ROPE,)),),
+    twins=(
+        Twin(
+            dense="olmo2",
+            config={"norm_topk_prob": True},
+            unnormalised_config={"norm_topk_prob": False},
+            requires=(FULL_ROPE,),
+        ),
+    ),
 )
 
 OLMOE = Architecture(

@@ -76,7 +76,8 @@ class Locator:
                 return Place(kind, found.get("i"), found.get("e"))
         layer = re.search(r"\.(\d+)\.", name)
         at = int(layer[1]) if layer else None
-        if "norm" in name.rsplit(".", 2)[-2] if name.count(".") else "":
+        words = name.split(".")
+        if len(words) > 1 and "norm" in words[-2]:  # `model.norm.weight`: the module's name
             return Place("norm", at)
         return Place("attention" if _MIXER.search(name) else "other", at)
 

@@ -5,10 +5,11 @@ Its two weights never sum to 1: each is a probability of a softmax of its own (2
 
 from dataclasses import replace
 
-from moe_compose.architectures.base import Key, Matrices, RoutingForm
+from moe_compose.architectures.base import Key, Matrices
 from moe_compose.architectures.common import HEAD_DIM, LLAMA_FACTS
 from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.mixtral import MIXTRAL
+from moe_compose.architectures.routing_form import RoutingForm
 
 #: Llama with fused projections; the larger ones rotate a part of each head only.
 PHI3 = Architecture(

@@ -4,13 +4,7 @@
 the FFN. Qwen2-MoE always has a shared expert behind a sigmoid gate.
 """
 
-from moe_compose.architectures.base import (
-    Key,
-    Matrices,
-    RouterTensor,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Key, Matrices, RouterTensor, SharedExperts
 from moe_compose.architectures.common import (
     FULL_ATTENTION,
     FULL_ROPE,
@@ -25,8 +19,10 @@ from moe_compose.architectures.common import (
     WHOLE_HEADS,
     key_value_heads,
 )
-from moe_compose.architectures.family import Architecture, Portable, Twin
+from moe_compose.architectures.family import Architecture, Portable
 from moe_compose.architectures.layers import StepAndList
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 QWEN_FACTS = {
     **LLAMA_FACTS,
@@ -78,6 +74,7 @@ QWEN3_MOE = Architecture(
         Twin(
             dense="qwen3",
             config={"norm_topk_prob": True},
+            unnormalised_config={"norm_topk_prob": False},
             drop=QWEN_WINDOW,
             requires=(NO_WINDOW, FULL_ATTENTION, FULL_ROPE),
         ),
@@ -121,6 +118,7 @@ QWEN2_MOE = Architecture(
         Twin(
             dense="qwen2",
             config={"norm_topk_prob": True, "qkv_bias": True},
+            unnormalised_config={"norm_topk_prob": False},
             # llama.cpp and mlx ignore norm_topk_prob = true; with routed outputs at zero it need
             # not be.
             shared_config={"norm_topk_prob": False},
@@ -130,6 +128,7 @@ QWEN2_MOE = Architecture(
         Twin(
             dense="llama",
             config={"norm_topk_prob": True, "qkv_bias": False, "use_sliding_window": False},
+            unnormalised_config={"norm_topk_prob": False},
             shared_config={"norm_topk_prob": False},
             drop=(*LLAMA_BIASES, *QWEN_WINDOW),
             requires=(NO_ATTENTION_BIAS, NO_MLP_BIAS, FULL_ROPE, WHOLE_HEADS),

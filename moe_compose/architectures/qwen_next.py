@@ -4,17 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe_compose.architectures.base import (
-    Computed,
-    Key,
-    Matrices,
-    RoutingForm,
-    SharedExperts,
-)
+from moe_compose.architectures.base import Computed, Key, Matrices, SharedExperts
 from moe_compose.architectures.common import LLAMA_FACTS, LLAMA_MLP
-from moe_compose.architectures.family import Architecture, Twin
+from moe_compose.architectures.family import Architecture
 from moe_compose.architectures.layers import EveryLayer
 from moe_compose.architectures.qwen import QWEN2_MOE
+from moe_compose.architectures.routing_form import RoutingForm
+from moe_compose.architectures.twin import Twin
 
 _SHARED = SharedExperts(
     matrices=Matrices(

@@ -3,20 +3,15 @@
 from dataclasses import replace
 
 from moe_compose.architectures.base import Key, SharedExperts
-from moe_compose.architectures.common import (
-    FULL_ROPE,
-    LLAMA_BIASES,
-    NO_ATTENTION_BIAS,
-    NO_MLP_BIAS,
-)
+from moe_compose.architectures.common import FULL_ROPE, LLAMA_BIASES, NO_ATTENTION_BIAS, NO_MLP_BIAS
 from moe_compose.architectures.deepseek import (
     DEEPSEEK_SHARED,
     DEEPSEEK_V3,
     SIGMOID_ROUTING,
     WEIGHTS_SUM_TO_1,
 )
-from moe_compose.architectures.family import Twin
 from moe_compose.architectures.layers import EveryLayer
+from moe_compose.architectures.twin import Twin
 
 SOLAR_OPEN = replace(
     DEEPSEEK_V3,

@@ -3,8 +3,9 @@
 The last of its classes skips the FFN altogether.
 """
 
-from moe_compose.architectures.base import Key, Matrices, RouterTensor, RoutingForm
+from moe_compose.architectures.base import Key, Matrices, RouterTensor
 from moe_compose.architectures.family import Architecture
+from moe_compose.architectures.routing_form import RoutingForm
 
 _GATE = "model.layers.{i}.mlp.gate."
 

@@ -40,6 +40,7 @@ from moe_compose.errors import CheckpointError
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TEMPLATE_FOLDER = "additional_chat_templates"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _MAX_CONFIG_BYTES = 16 << 20

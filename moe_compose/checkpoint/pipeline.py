@@ -6,8 +6,9 @@ result. When the last job of a shard is done, one more thread flushes it and giv
 while the workers are already at the next: the disk is busy writing one shard while another is being
 read and computed. Should the disk fall behind, no further shard is opened.
 
-As for memory, a worker holds one piece of one computed tensor at a time; copied bytes do not pass
-through this process at all.
+As for memory, copied bytes do not pass through this process at all. A tensor that is computed is
+counted as fp32, whatever it is stored in: at most `COMPUTED_BYTES` of such are under way at once,
+and a larger one runs while no other does.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_compose.checkpoint.copying import (
     SLICE_BYTES,
-    Run,
     commit_part,
     copy_run,
     create_part,
@@ -30,6 +29,7 @@ from moe_compose.checkpoint.copying import (
     os_errors,
     write_at,
 )
+from moe_compose.checkpoint.jobs import Job, OpenShard, jobs_of
 from moe_compose.checkpoint.sharding import Placement, Shard
 from moe_compose.checkpoint.source import TORCH_DTYPES, TensorInfo, TensorSource, torch_dtype
 from moe_compose.errors import PlanError
@@ -39,31 +39,14 @@ if TYPE_CHECKING:
 
 #: Shards that wait to be flushed before workers stop to open new ones.
 MAX_WAITING = 2
+#: Bytes of tensors that are being computed at once, unless one alone is larger.
+COMPUTED_BYTES = 384 << 20
 #: Seconds between two reports of progress.
 REPORT_SECONDS = 0.1
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
     """Raised in a worker that is asked to end."""
-
-
-@dataclass(slots=True, eq=False)
-class _OpenShard:
-    """A shard under way: its file, and how many of its jobs are not done yet."""
-
-    shard: Shard
-    path: Path
-    descriptor: int
-    pending: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Work of a fair size: runs of bytes to copy, or else one tensor to compute."""
-
-    target: _OpenShard
-    runs: list[Run] = field(default_factory=list)
-    computed: Placement | None = None
 
 
 class Pipeline:
@@ -95,9 +78,10 @@ class Pipeline:
         self._workers = workers
         self._report = report
         self._changed = threading.Condition()  # guards all below
-        self._jobs: deque[_Job] = deque()
-        self._open: list[_OpenShard] = []
-        self._filled: deque[_OpenShard] = deque()
+        self._jobs: deque[Job] = deque()
+        self._open: list[OpenShard] = []
+        self._filled: deque[OpenShard] = deque()
+        self._computing = 0  # bytes
         self._unfinished = len(shards)
         self._done = done
         self._current = shards[0].name if shards else ""
@@ -135,7 +119,7 @@ class Pipeline:
         try:
             while (job := self._next_job()) is not None:
                 self._perform(job)
-                self._job_done(job.target)
+                self._job_done(job)
         except _Stopped:
             pass
         except BaseException as error:
@@ -157,29 +141,43 @@ class Pipeline:
             self._over.set()
             self._changed.notify_all()
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         with self._changed:
             while not self._stop:
-                if self._jobs:
-                    return self._jobs.popleft()
-                if not self._to_open:
+                if (job := self._take_job()) is not None:
+                    return job
+                if not self._jobs and not self._to_open:
                     return None
-                if len(self._filled) < MAX_WAITING:
+                if not self._jobs and len(self._filled) < MAX_WAITING:
                     self._open_next()
                 else:
                     self._changed.wait()
             return None
+
+    def _take_job(self) -> Job | None:
+        """The first job that may begin. Copies overtake a tensor that waits for memory; other
+        tensors do not, so that a large one gets its turn.
+        """
+        waits = False
+        for i, job in enumerate(self._jobs):
+            fits = not self._computing or self._computing + job.memory <= COMPUTED_BYTES
+            if not job.memory or (fits and not waits):
+                del self._jobs[i]
+                self._computing += job.memory
+                return job
+            waits = True
+        return None
 
     def _open_next(self) -> None:
         shard = self._to_open.popleft()
         path = self._folder / shard.name
         with os_errors(f"write {path}"):
             path.unlink(missing_ok=True)
-            opened = _OpenShard(shard, path, create_part(path))
+            opened = OpenShard(shard, path, create_part(path))
             self._open.append(opened)
             write_at(opened.descriptor, memoryview(shard.header), 0)
             os.truncate(opened.descriptor, shard.size)
-        jobs = list(_jobs(self._source, opened))
+        jobs = list(jobs_of(self._source, opened))
         self._current = shard.name
         opened.pending = len(jobs)
         self._jobs.extend(jobs)
@@ -187,7 +185,7 @@ class Pipeline:
             self._filled.append(opened)
         self._changed.notify_all()
 
-    def _perform(self, job: _Job) -> None:
+    def _perform(self, job: Job) -> None:
         target = job.target
         with os_errors(f"write {target.path}"):
             for run in job.runs:
@@ -196,7 +194,7 @@ class Pipeline:
             with os_errors(f"read {job.computed.info.name}"):
                 self._compute(job.computed, target)
 
-    def _compute(self, placed: Placement, target: _OpenShard) -> None:
+    def _compute(self, placed: Placement, target: OpenShard) -> None:
         """Write a tensor's values where they belong, piece by piece, and nothing beyond them.
 
         Raises:
@@ -225,14 +223,16 @@ class Pipeline:
             if self._stop:
                 raise _Stopped
 
-    def _job_done(self, target: _OpenShard) -> None:
+    def _job_done(self, job: Job) -> None:
         with self._changed:
-            target.pending -= 1
-            if target.pending == 0:
-                self._filled.append(target)
+            self._computing -= job.memory
+            job.target.pending -= 1
+            if job.target.pending == 0:
+                self._filled.append(job.target)
+            if job.target.pending == 0 or job.memory:
                 self._changed.notify_all()
 
-    def _next_filled(self) -> _OpenShard | None:
+    def _next_filled(self) -> OpenShard | None:
         """The next shard to flush; those that were filled before an error too."""
         with self._changed:
             while self._unfinished:
@@ -243,7 +243,7 @@ class Pipeline:
                 self._changed.wait()
             return None
 
-    def _finish(self, opened: _OpenShard) -> None:
+    def _finish(self, opened: OpenShard) -> None:
         """Flush a filled shard; it counts as waiting until that is done."""
         with self._changed:
             self._open.remove(opened)
@@ -272,42 +272,3 @@ def _bytes_of(piece: torch.Tensor, info: TensorInfo) -> memoryview:
 
 def _wrong_size(info: TensorInfo, given: str) -> PlanError:
     return PlanError(f"{info.name} declares {info.nbytes} bytes but gives {given}")
-
-
-def _jobs(source: TensorSource, target: _OpenShard) -> Iterator[_Job]:
-    """Cut a shard into jobs of at most about `SLICE_BYTES`, in the order of its bytes."""
-    batch: list[Run] = []
-    size = 0
-    for item in _work_of(source, target.shard):
-        if isinstance(item, Placement):
-            yield _Job(target, computed=item)
-            continue
-        for start in range(0, item.nbytes, SLICE_BYTES):
-            count = min(SLICE_BYTES, item.nbytes - start)
-            if batch and size + count > SLICE_BYTES:
-                yield _Job(target, batch)
-                batch, size = [], 0
-            batch.append(Run(item.path, item.source_offset + start, item.offset + start, count))
-            size += count
-    if batch:
-        yield _Job(target, batch)
-
-
-def _work_of(source: TensorSource, shard: Shard) -> list[Run | Placement]:
-    """Tensors to compute and bytes to copy; neighbours in both files become one run."""
-    work: list[Run | Placement] = []
-    for placed in shard.placements:
-        extents = source.extents(placed.info.name)
-        if extents is None:
-            work.append(placed)
-            continue
-        offset = placed.offset
-        for extent in extents:
-            last = work[-1] if work else None
-            run = Run(extent.path, extent.offset, offset, extent.nbytes)
-            if isinstance(last, Run) and last.joins(run):
-                work[-1] = replace(last, nbytes=last.nbytes + run.nbytes)
-            else:
-                work.append(run)
-            offset += extent.nbytes
-    return work

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from moe_compose.checkpoint.folder import (
     CONFIG_NAME,
     PICKLES,
+    TEMPLATE_FOLDER,
     Files,
     LocalFiles,
     read_config,
@@ -37,7 +38,6 @@ from moe_compose.errors import CheckpointError, OptionError
 if TYPE_CHECKING:
     import torch
 
-_TEMPLATE_FOLDER = "additional_chat_templates"
 _NOT_CARRIED = (
     *(".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".part", ".index.json"),
     *PICKLES,
@@ -210,9 +210,9 @@ def _carried_files(folder: Path) -> dict[str, Path]:
     Paths by name relative to the folder, sorted; without hidden files and weights of any kind.
     """
     names = set(LocalFiles.of(folder, folder.name).sizes) - {CONFIG_NAME, "validation.json"}
-    templates = folder / _TEMPLATE_FOLDER
-    inside = LocalFiles.of(templates, _TEMPLATE_FOLDER).sizes if templates.is_dir() else {}
-    names |= {f"{_TEMPLATE_FOLDER}/{name}" for name in inside}
+    templates = folder / TEMPLATE_FOLDER
+    inside = LocalFiles.of(templates, TEMPLATE_FOLDER).sizes if templates.is_dir() else {}
+    names |= {f"{TEMPLATE_FOLDER}/{name}" for name in inside}
     return {
         name: folder / name
         for name in sorted(names)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from moe_compose.checkpoint.header import encode_header
 from moe_compose.checkpoint.source import DTYPE_BITS, TensorInfo
 
-INDEX_NAME = "model.safetensors.index.json"
 #: The key in a shard's metadata that names the plan it belongs to.
 DIGEST_KEY = "moe_compose.digest"
 

@@ -158,3 +158,17 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in its shape and dtype, on the CPU."""
+
+
+def common_dtype(source: TensorSource) -> str:
+    """The dtype most of the source's bytes have; at a tie, the one that comes first.
+
+    Raises:
+        CheckpointError: the source holds no tensors.
+    """
+    sizes: dict[str, int] = {}
+    for info in source.tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    if not sizes:
+        raise CheckpointError(f"{source.label} holds no tensors")
+    return max(sizes, key=lambda dtype: sizes[dtype])

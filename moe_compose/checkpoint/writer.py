@@ -26,11 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_compose.checkpoint.copying import os_errors, sync_folder, write_file
-from moe_compose.checkpoint.destination import CONFIG_NAME, Destination, survey
+from moe_compose.checkpoint.destination import Destination
+from moe_compose.checkpoint.folder import CONFIG_NAME, INDEX_NAME
 from moe_compose.checkpoint.pipeline import Pipeline
 from moe_compose.checkpoint.reader import Checkpoint
-from moe_compose.checkpoint.sharding import INDEX_NAME
 from moe_compose.checkpoint.source import TensorSource
+from moe_compose.checkpoint.survey import survey
 from moe_compose.checkpoint.write_state import StateFile, refuse_if_locked
 from moe_compose.errors import OptionError
 

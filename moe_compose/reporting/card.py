@@ -63,6 +63,14 @@ def model_card(
     return "\n".join(sections) + "\n"
 
 
+def with_hashes(card: str, plan: Plan, source_hashes: Mapping[str, str]) -> str:
+    """A plan's card with the table of hashes added; as it is where its sources are not shown as
+    `model_card` shows them, or the table is there.
+    """
+    bare, full = ("\n".join(_sources(plan, known)) for known in ({}, source_hashes))
+    return card if full in card else card.replace(bare, full, 1)
+
+
 def repeat_line(plan: Plan) -> str:
     """The command that makes the same result from the same sources.
 

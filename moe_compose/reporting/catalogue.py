@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from moe_compose.architectures import Architecture, all_architectures
-from moe_compose.architectures.base import REQUIRED, Key, Routing, RoutingForm
+from moe_compose.architectures.base import REQUIRED, Key
+from moe_compose.architectures.routing_form import Routing, RoutingForm
 from moe_compose.surgery.upcycle_options import METHODS
-
-#: Method of `upcycle` → the preservation class it aims at. The plan states the class that holds.
-PRESERVATION: Mapping[str, str] = {
-    "copy": "exact",
-    "granular": "exact",
-    "shared": "exact",
-    "noise": "approximate",
-    "drop": "none",
-    "shuffle": "none",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +70,7 @@ def families() -> list[FamilyRow]:
 def methods() -> list[MethodRow]:
     """Every method of `upcycle`."""
     return [
-        MethodRow(name, info.summary, PRESERVATION[name], info.paper)
-        for name, info in METHODS.items()
+        MethodRow(name, info.summary, info.preserves, info.paper) for name, info in METHODS.items()
     ]
 
 

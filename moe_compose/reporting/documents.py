@@ -7,20 +7,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError
+from moe_compose.surgery.history import read_history, read_json
 from moe_compose.surgery.plan import Plan
 
-HISTORY_NAME = "moe_compose.json"
 VALIDATION_NAME = "validation.json"
 CARD_NAME = "README.md"
-
-#: A document larger than this is not one of ours.
-MAX_BYTES = 16 << 20
 
 
 def plain(value: Any) -> Any:
@@ -49,30 +45,11 @@ def history_of(source: TensorSource) -> list[dict[str, Any]]:
         CheckpointError: there is a `moe_compose.json` that is no list of records.
     """
     if not isinstance(source, Plan):
-        path = source.files.get(HISTORY_NAME)
-        return [] if path is None else read_history(path, source.label)
+        return read_history(source)
     found: list[dict[str, Any]] = []
     for earlier in source.sources.values():
         found += [record for record in history_of(earlier) if record not in found]
     return [*found, plain(source.record())]
-
-
-def read_history(path: Path, label: str) -> list[dict[str, Any]]:
-    """The records of a `moe_compose.json`.
-
-    Args:
-        path: the file.
-        label: of its checkpoint, for errors.
-
-    Raises:
-        CheckpointError: unreadable, or no list of records.
-    """
-    content = _read(path, label)
-    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
-        raise CheckpointError(
-            f"{label}/{path.name} must be a list of records", hint="Repair or remove the file."
-        )
-    return content
 
 
 def read_validation(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -84,18 +61,7 @@ def read_validation(checkpoint: Checkpoint) -> dict[str, Any] | None:
     path = checkpoint.path / VALIDATION_NAME if checkpoint.path else None
     if path is None or not path.is_file():
         return None
-    content = _read(path, checkpoint.label)
+    content = read_json(path, checkpoint.label)
     if not isinstance(content, dict):
         raise CheckpointError(f"{checkpoint.label}/{VALIDATION_NAME} must be one JSON object")
     return content
-
-
-def _read(path: Path, label: str) -> Any:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES} bytes")
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"cannot read {label}/{path.name} ({error})", hint="Repair or remove the file."
-        ) from error

@@ -14,7 +14,7 @@ from typing import Any
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError
-from moe_compose.reporting.documents import MAX_BYTES
+from moe_compose.surgery.history import MAX_BYTES
 from moe_compose.surgery.plan import Plan
 
 #: True of the source alone.

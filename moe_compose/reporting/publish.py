@@ -4,7 +4,6 @@ model card, and later what validation measured.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,18 @@ from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.checkpoint.writer import SHARD_SIZE, Progress
 from moe_compose.errors import CheckpointError
-from moe_compose.reporting.card import model_card
+from moe_compose.reporting import hashes
+from moe_compose.reporting.card import model_card, with_hashes
 from moe_compose.reporting.documents import (
     CARD_NAME,
-    HISTORY_NAME,
     VALIDATION_NAME,
     encode,
     history_of,
     read_validation,
 )
-from moe_compose.reporting.front_matter import leaves
+from moe_compose.reporting.hashes import Hashing, hashed_files
 from moe_compose.reporting.receipt import renew
+from moe_compose.surgery.history import HISTORY_NAME, read_history
 from moe_compose.surgery.plan import Plan
 from moe_compose.validation.report import ValidationReport
 
@@ -43,7 +43,9 @@ def write(
 ) -> Checkpoint:
     """Write a plan as a checkpoint, with its model card and the record of what was done.
 
-    A source that is no plan, such as a `Checkpoint`, is written as it is, only sharded anew.
+    A source that is no plan, such as a `Checkpoint`, is written as it is, only sharded anew. The
+    files of weights that a plan starts from are hashed meanwhile; record and card get the hashes
+    when all else is written.
 
     Args:
         source: a plan, or any other source of tensors.
@@ -63,16 +65,20 @@ def write(
     Example:
         >>> moe = write(upcycle(dense, UpcycleOptions()), "out/")  # doctest: +SKIP
     """
-    return writer.write(
-        _without_documents(source),
-        folder,
-        shard_size=shard_size,
-        workers=workers,
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-        documents=documents(source),
-    )
+    with Hashing(hashed_files(source)) as hashing:
+        written = writer.write(
+            _without_documents(source),
+            folder,
+            shard_size=shard_size,
+            workers=workers,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            documents=documents(source),
+        )
+        if isinstance(source, Plan):
+            _record_hashes(written, source, hashing)
+    return written
 
 
 def check_destination(
@@ -124,9 +130,9 @@ def record_validation(
 
     Args:
         checkpoint: a local one.
-        plan: what it was written from: then the card is made anew, with hashes of the sources'
-            files (which reads them once). Without it only the card's measured part changes, and
-            only if moe-compose wrote that card.
+        plan: what it was written from: then the card is made anew, with the hashes of the sources'
+            files that the record holds. Without it only the card's measured part changes, and only
+            if moe-compose wrote that card.
         report: what was measured.
 
     Returns:
@@ -141,39 +147,11 @@ def record_validation(
         raise CheckpointError(f"{checkpoint.label} is not on this machine, so nothing is kept")
     if report.receipt is None and report.ok and _has_receipt(checkpoint):
         return None
-    card = _card(folder, plan, report)
+    card = _card(checkpoint, folder, plan, report)
     write_file(folder / VALIDATION_NAME, encode(report.to_json()))
     if card is not None:
         write_file(folder / CARD_NAME, card.encode("utf-8", "replace"))
     return folder / VALIDATION_NAME
-
-
-def source_hashes(plan: Plan) -> dict[str, str]:
-    """Hex SHA-256 of every file of weights that a plan starts from; reads them once.
-
-    A file in the Hub's cache is named by its hash, which is taken from there.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    checkpoints = [s for s in leaves(plan) if isinstance(s, Checkpoint)]
-    many = len(checkpoints) > 1
-    return {
-        f"{c.label}/{path.name}" if many else path.name: _sha256(path)
-        for c in checkpoints
-        for path in c.weight_files
-    }
-
-
-def _sha256(path: Path) -> str:
-    blob = path.resolve()
-    if blob.parent.name == "blobs" and len(blob.name) == 64:
-        return blob.name
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path.name} ({error.strerror})") from error
 
 
 def _without_documents(source: TensorSource) -> TensorSource:
@@ -195,9 +173,29 @@ def _has_receipt(checkpoint: Checkpoint) -> bool:
     return found is not None and found.get("receipt") is not None
 
 
-def _card(folder: Path, plan: Plan | None, report: ValidationReport) -> str | None:
+def _record_hashes(written: Checkpoint, plan: Plan, hashing: Hashing) -> None:
+    """Add the hashes to record and card, each in one step, unless an earlier write did."""
+    history, folder = read_history(written), written.path
+    assert folder is not None
+    ours = any(record.get("plan_digest") == plan.digest() for record in history)
+    if not ours or hashes.recorded(history, plan).keys() >= set(hashed_files(plan)):
+        return
+    found = hashing.result()
+    hashes.record(history, plan, found)
+    write_file(folder / HISTORY_NAME, encode(history))
+    path = folder / CARD_NAME
+    if path.is_file():
+        card = path.read_bytes().decode("utf-8", "replace")
+        card = with_hashes(card, plan, hashes.by_name(plan, found))
+        write_file(path, card.encode("utf-8", "replace"))
+
+
+def _card(
+    checkpoint: Checkpoint, folder: Path, plan: Plan | None, report: ValidationReport
+) -> str | None:
     if plan is not None:
-        return model_card(plan, report, source_hashes=source_hashes(plan))
+        known = hashes.recorded(read_history(checkpoint), plan)
+        return model_card(plan, report, source_hashes=hashes.by_name(plan, known))
     path = folder / CARD_NAME
     if not path.is_file():
         return None

@@ -70,14 +70,15 @@ def _receipt(receipt: Receipt | None, validated: bool) -> Iterator[str]:
         f"{receipt.tokens} tokens. Losses and divergences in nats per token."
     )
     yield ""
-    head = ("dtype", "max error", "relative error", "KL", "top-1 agreement", "loss")
+    head = ("dtype", "max error", "relative error", "median", "KL", "top-1 agreement", "loss")
     yield from table((*head, "loss of the source"), [_agreement_row(a) for a in receipt.agreements])
     yield ""
     for a in receipt.agreements:
         if a.noise is not None and a.noise_top1 is not None:
             yield (
                 f"In {a.dtype} the source itself differs from its own float32 logits by "
-                f"{a.noise:.1e} (relative), with {a.noise_top1:.2%} top-1 agreement."
+                f"{a.noise:.1e} (relative, the median token), with {a.noise_top1:.2%} top-1 "
+                "agreement."
             )
             yield ""
     yield from (f"Stated: {cell(receipt.stated)}.", "")
@@ -89,6 +90,7 @@ def _agreement_row(a: Agreement) -> tuple[str, ...]:
         a.dtype,
         f"{a.max_error:.2e}",
         f"{a.relative_error:.2e}",
+        f"{a.median_error:.2e}",
         f"{a.kl:.2e}",
         f"{a.top1:.2%}",
         f"{a.loss:.4f}",

@@ -7,7 +7,7 @@ end rounds once. Reductions are summed by numpy in fp64, on one thread, in a fix
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,13 +15,13 @@ from moe_compose.checkpoint.source import FLOAT_DTYPES, torch_dtype
 from moe_compose.errors import PlanError
 from moe_compose.surgery.draws import Draw
 from moe_compose.surgery.indices import Indices
-from moe_compose.surgery.transforms import Spec, Transform, Unary
+from moe_compose.surgery.transforms import Concat, Spec, Stack, Take, Transform, Unary
 
 if TYPE_CHECKING:
     import torch
 
-#: Elements that a reduction takes at a time: fp64 copies stay small.
-_RUN = 1 << 20
+#: Rows of a matrix that are taken at a time: copies in fp64 stay small.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ class Random(Transform):
 
 @dataclass(frozen=True)
 class Noise(Unary):
-    """`N(0, (std·std(x))²)` added at the positions `at` of `dim`; the rest unchanged (random noise
-    upcycling).
-    """
+    """`N(0, (std·std(x))²)` added at the positions `at` of `dim` of a matrix."""
 
     at: Indices
     dim: int
@@ -130,11 +128,14 @@ class Noise(Unary):
         return _arithmetic(self.x)
 
     def apply(self, *values: torch.Tensor) -> torch.Tensor:
-        return _on_block(_widen(values[0]), self.at, self.dim, self._perturb)
-
-    def _perturb(self, whole: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-        _, sigma = _moments(whole)
-        return block + _normal(self.draw, block, 0.0, self.std * sigma)
+        x = _widen(values[0])
+        if x.is_meta:
+            return x
+        _, sigma = _moments(x[i : i + _ROWS] for i in range(0, len(x), _ROWS))
+        normal = _Normal(self.draw, 0.0, self.std * sigma)
+        for view, index, dim in _block(x, self.at, self.dim):
+            view.index_copy_(dim, index, (part := view.index_select(dim, index)) + normal(part))
+        return x
 
     def __str__(self) -> str:
         return f"{self.x} + {self.std:g}·σ noise on {self.at}"
@@ -142,8 +143,8 @@ class Noise(Unary):
 
 @dataclass(frozen=True)
 class Redraw(Unary):
-    """The block at positions `at` of `dim` replaced by `N(μ, σ²)` with the block's own mean and
-    standard deviation.
+    """The block at positions `at` of `dim` of a matrix replaced by `N(μ, σ²)` with the block's own
+    mean and standard deviation.
 
     Source: Drop-Upcycling (arXiv 2502.19261), section 3.
     """
@@ -157,13 +158,27 @@ class Redraw(Unary):
         return _arithmetic(self.x)
 
     def apply(self, *values: torch.Tensor) -> torch.Tensor:
-        return _on_block(_widen(values[0]), self.at, self.dim, self._fresh)
-
-    def _fresh(self, whole: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-        return _normal(self.draw, block, *_moments(block))
+        x = _widen(values[0])
+        if x.is_meta or not len(self.at):
+            return x
+        parts = (v.index_select(d, index) for v, index, d in _block(x, self.at, self.dim))
+        normal = _Normal(self.draw, *_moments(parts))
+        for view, index, dim in _block(x, self.at, self.dim):
+            view.index_copy_(dim, index, normal(view.index_select(dim, index)))
+        return x
 
     def __str__(self) -> str:
         return f"{self.x} with {self.at} redrawn"
+
+
+def constant_value(x: Transform) -> float | None:
+    """The one value that a transform's output has throughout; None when it has several."""
+    if isinstance(x, Full):
+        return x.value
+    if isinstance(x, Stack | Concat | Take | Cast):
+        values = {constant_value(part) for part in x.inputs}
+        return values.pop() if len(values) == 1 else None
+    return None
 
 
 def cast(x: Transform, dtype: str) -> Transform:
@@ -188,39 +203,54 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _moments(block: torch.Tensor) -> tuple[float, float]:
-    """Mean and (population) standard deviation, summed by numpy in fp64: one thread, one order,
-    everywhere.
+def _block(
+    x: torch.Tensor, at: Indices, dim: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """The block `at` of a matrix as (view, indices, dimension), in row-major order, a few rows at a
+    time, so that changing it takes no second matrix.
+    """
+    import torch
+
+    index = torch.from_numpy(at.indices())
+    if dim == 0:
+        for start in range(0, len(index), _ROWS):
+            yield x, index[start : start + _ROWS], 0
+    else:
+        for start in range(0, len(x), _ROWS):
+            yield x[start : start + _ROWS], index, 1
+
+
+def _moments(parts: Iterable[torch.Tensor]) -> tuple[float, float]:
+    """Mean and (population) standard deviation, summed by numpy in fp64: one thread, one order.
+
+    Sums are taken of deviations from the first part's mean, so that one pass loses nothing.
     """
     import numpy as np
 
-    if block.is_meta or block.numel() == 0:
-        return 0.0, 1.0
-    flat = block.reshape(-1).numpy()
-    runs = range(0, len(flat), _RUN)
-    mean = math.fsum(float(flat[i : i + _RUN].sum(dtype=np.float64)) for i in runs) / len(flat)
-    squares = (np.square(flat[i : i + _RUN].astype(np.float64) - mean) for i in runs)
-    return mean, math.sqrt(math.fsum(float(s.sum()) for s in squares) / len(flat))
+    sums, squares, count, shift = [], [], 0, None
+    for part in parts:
+        values = part.numpy().astype(np.float64)
+        shift = float(values.mean()) if shift is None else shift
+        values -= shift
+        sums.append(float(values.sum()))
+        squares.append(float(np.square(values).sum()))
+        count += values.size
+    if not count or shift is None:
+        return 0.0, 0.0
+    mean = math.fsum(sums) / count
+    return shift + mean, math.sqrt(max(0.0, math.fsum(squares) / count - mean * mean))
 
 
-def _normal(draw: Draw, like: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    import numpy as np
-    import torch
+class _Normal:
+    """`N(mean, std²)` from one stream; successive calls continue it."""
 
-    if like.is_meta:
-        return torch.empty_like(like)
-    drawn = torch.from_numpy(draw.generator().standard_normal(tuple(like.shape), dtype=np.float32))
-    return drawn.to(like.dtype).mul_(std).add_(mean)
+    def __init__(self, draw: Draw, mean: float, std: float) -> None:
+        self._generator, self._mean, self._std = draw.generator(), mean, std
 
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
+        """Fresh values of the shape and dtype of `like`."""
+        import numpy as np
+        import torch
 
-def _on_block(
-    x: torch.Tensor,
-    at: Indices,
-    dim: int,
-    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """`x` whose slices `at` of `dim` are `change(x, slices)`, in place."""
-    import torch
-
-    index = torch.from_numpy(at.indices()).to(x.device)
-    return x.index_copy_(dim, index, change(x, x.index_select(dim, index)))
+        drawn = self._generator.standard_normal(tuple(like.shape), dtype=np.float32)
+        return torch.from_numpy(drawn).to(like.dtype).mul_(self._std).add_(self._mean)

@@ -7,7 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from moe_compose.checkpoint.source import TORCH_DTYPES, Extent, TensorSource, torch_dtype
+from moe_compose.checkpoint.folder import read_pieces
+from moe_compose.checkpoint.source import (
+    CHUNK_BYTES,
+    TORCH_DTYPES,
+    Extent,
+    TensorSource,
+    torch_dtype,
+)
 from moe_compose.errors import PlanError
 from moe_compose.surgery.indices import Rows
 from moe_compose.surgery.transforms import Concat, Read, Stack, Take, Transform
@@ -79,7 +86,9 @@ def stream(node: Transform, sources: Sources) -> Iterator[torch.Tensor]:
         for piece in stream(node.inputs[0], sources):
             yield node.apply(piece)
     else:
-        yield value(node, sources).reshape(-1)
+        whole = value(node, sources).reshape(-1)
+        step = max(1, CHUNK_BYTES // whole.element_size())
+        yield from (whole[i : i + step] for i in range(0, len(whole), step))
 
 
 def value(node: Transform, sources: Sources) -> torch.Tensor:
@@ -91,11 +100,24 @@ def value(node: Transform, sources: Sources) -> torch.Tensor:
     """
     if isinstance(node, Read):
         return sources[node.source].read(node.tensor.name)
+    if isinstance(node, Take) and isinstance(node.at, Rows) and (found := extents(node, sources)):
+        return _read(found, node)
     return node.apply(*(value(x, sources) for x in node.inputs))
+
+
+def _read(found: tuple[Extent, ...], node: Transform) -> torch.Tensor:
+    """A tensor whose bytes lie at `found`, without reading what lies around them."""
+    import torch
+
+    spec = node.spec
+    buffer = bytearray().join(p for e in found for p in read_pieces(e, e.nbytes))
+    return torch.frombuffer(buffer, dtype=torch_dtype(spec.dtype)).reshape(spec.shape)
 
 
 def check_on_meta(node: Transform) -> None:
     """Run the transform on the meta device and hold its declared spec to what comes out.
+
+    Leaves that make a tensor from nothing are taken at their word: they state their own shape.
 
     Raises:
         PlanError: shape or dtype differ, or the transform does not accept its inputs.

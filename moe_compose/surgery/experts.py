@@ -88,6 +88,11 @@ def read_ffn(source: TensorSource, form: Architecture, layer: int, key: str = "d
     return FFN(read(form.mlp.gate), read(form.mlp.up), read(form.mlp.down))
 
 
+def ffn_dtype(source: TensorSource, form: Architecture) -> str:
+    """The safetensors dtype of the first layer's FFN."""
+    return read_ffn(source, form, 0).down.spec.dtype
+
+
 def sparse_layer(
     source: TensorSource,
     dense: Architecture,
@@ -219,13 +224,11 @@ def _router_tensor(
     if t.kind != "weight":
         return Full(shape, 1.0 if t.kind == "scale" else 0.0, "F32")
     law = options.router_init or ("uniform" if options.method == "drop" else "normal")
-    if law == "zeros":
+    std = options.router_std
+    if std is None:
+        std = default_router_std(form, config, options)
+    if law == "zeros" or std == 0:
         return Full(shape, 0.0, "F32")
-    std = (
-        default_router_std(form, config, options)
-        if options.router_std is None
-        else options.router_std
-    )
     draw = Draw(options.seed, f"layer {layer} router")
     grouped = options.method == "granular" and "independent-rows" not in options.allow
     if not grouped:

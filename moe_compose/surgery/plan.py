@@ -23,12 +23,20 @@ from moe_compose.architectures.parts import Parameters, count_parameters, layout
 from moe_compose.checkpoint.source import Extent, TensorInfo, TensorSource
 from moe_compose.errors import PlanError
 from moe_compose.surgery import evaluate
-from moe_compose.surgery.arithmetic import Full
-from moe_compose.surgery.transforms import Transform
+from moe_compose.surgery.arithmetic import constant_value
+from moe_compose.surgery.transforms import Read, Transform
 from moe_compose.version import __version__
 
 if TYPE_CHECKING:
     import torch
+
+
+#: Part of every digest; raised when a transform of the same name comes to give other bytes.
+ARITHMETIC = 1
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,23 @@ class OutputTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a plan rounds the weights it starts from: once, to nearest.
+
+    Attributes:
+        dtype: to what (`bfloat16`).
+        everything: all weights; otherwise the FFNs only.
+        up, down: what the FFNs' matrices are multiplied by first (√G). Rounding `f·W` is not
+            rounding `W` when f is no power of two.
+    """
+
+    dtype: str
+    everything: bool = False
+    up: float = 1.0
+    down: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Preservation:
     """How far the result computes what its source computes, stated before anything is written.
 
@@ -54,18 +79,27 @@ class Preservation:
         why: the reason, one sentence.
         tolerance: `exact`: the largest relative error of fp32 logits that counts as such;
             `approximate`: the largest mean KL to the source, in nats.
-        rounded_to: `exact` up to rounding weights to this dtype (a factor √2 in `bfloat16`, or a
-            narrower dtype asked for); None where no weight was rounded.
+        rounding: `exact` means the source with its weights so rounded; None where none is.
     """
 
     kind: Literal["exact", "approximate", "none"]
     why: str
     tolerance: float = 1e-6
-    rounded_to: str | None = None
+    rounding: Rounding | None = None
 
     def __str__(self) -> str:
-        rounding = f", up to rounding weights to {self.rounded_to}" if self.rounded_to else ""
-        return f"{self.kind}: {self.why}{rounding}"
+        rounded = f", up to rounding weights to {self.rounding.dtype}" if self.rounding else ""
+        return f"{self.kind}: {self.why}{rounded}"
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Preservation:
+        """The class that a record states.
+
+        Raises:
+            TypeError: entries that this version does not know.
+        """
+        rounding = found.get("rounding")
+        return cls(**{**found, "rounding": Rounding(**rounding) if rounding else None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +184,7 @@ class Plan:
 
     @cached_property
     def _digest(self) -> str:
-        h = hashlib.sha256()
+        h = hashlib.sha256(f"arithmetic {ARITHMETIC}".encode())
         h.update(json.dumps(self.config, sort_keys=True).encode())
         for name, source in sorted(self.sources.items()):
             h.update(f"\0{name}\0{source.digest()}".encode())
@@ -160,8 +194,17 @@ class Plan:
 
     def constants(self) -> tuple[str, ...]:
         """Patterns (`*` for every number) of outputs that are one number throughout on purpose."""
-        made = (o.name for o in self.outputs if isinstance(o.value, Full))
-        return tuple(sorted({re.sub(r"\d+", "*", name) for name in made}))
+        made = (o.name for o in self.outputs if constant_value(o.value) is not None)
+        return tuple(sorted({_pattern(name) for name in made}))
+
+    def copied(self) -> tuple[str, ...]:
+        """Patterns of outputs that all are a source's tensor of the same name, byte for byte."""
+        same: set[str] = set()
+        other: set[str] = set()
+        for o in self.outputs:
+            whole = isinstance(o.value, Read) and o.value.tensor.name == o.name
+            (same if whole else other).add(_pattern(o.name))
+        return tuple(sorted(same - other))
 
     def record(self) -> dict[str, Any]:
         """This operation as an entry of a checkpoint's surgery history: plain values."""
@@ -174,6 +217,7 @@ class Plan:
             "preservation": asdict(self.preservation),
             "parameters": {"total": parameters.total, "active": parameters.active},
             "constants": list(self.constants()),
+            "copied": list(self.copied()),
             "version": __version__,
         }
 

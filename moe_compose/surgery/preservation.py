@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures import Architecture, Twin
-from moe_compose.architectures.dialects import CONFIG_DTYPES
+from moe_compose.checkpoint.source import FLOAT_DTYPES
 from moe_compose.errors import UnsupportedError
-from moe_compose.surgery.plan import Preservation
+from moe_compose.surgery.plan import Preservation, Rounding
 
 if TYPE_CHECKING:
     from moe_compose.surgery.upcycle_options import UpcycleOptions
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Largest noise, in units of a matrix's own deviation, that still counts as approximate.
 SMALL_NOISE = 0.05
+
+#: Largest router deviation under which weights that are not renormalised stay near uniform.
+SMALL_ROUTER_STD = 0.002
 
 #: What `approximate` is held to: mean KL to the source, in nats per token.
 APPROXIMATE_KL = 0.1
@@ -48,7 +51,7 @@ def default_router_std(
 ) -> float:
     """0.02; 0.002 where experts speak with weights that do not sum to 1, to stay near uniform."""
     constant = form.moe(config).routing.sums_to is not None
-    return 0.02 if constant or options.method == "shared" else 0.002
+    return 0.02 if constant or options.method == "shared" else SMALL_ROUTER_STD
 
 
 def classify(
@@ -76,10 +79,10 @@ def classify(
             f"--method {options.method} starts them, would add it twice",
             hint="Use --method shared: the FFN stays, and the experts add nothing at first.",
         )
-    rounded = _rounded_to(form, config, options, source_dtype)
+    rounding = _rounding(form, config, options, source_dtype)
     if options.method == "shared":
         why = "the FFN is the shared expert and the routed experts add nothing yet (down = 0)"
-        return Preservation("exact", why, twin.accuracy, rounded)
+        return Preservation("exact", why, twin.accuracy, rounding)
     if options.method in ("drop", "shuffle"):
         return Preservation(
             "none",
@@ -95,32 +98,45 @@ def classify(
             problems=refused,
             hint="Allow it by name if that is what you want.",
         )
-    noise = f"noise of {options.noise_std:g}·σ on {options.ratio:.0%} of each expert's neurons"
-    changes = [*problems.values(), *([noise] if options.method == "noise" else [])]
-    loud = options.method == "noise" and options.noise_std > SMALL_NOISE
-    small = set(problems) <= {"unnormalised"} and not loud
-    if changes and small:
-        return Preservation("approximate", "; ".join(changes), APPROXIMATE_KL)
-    if changes:
-        return Preservation("none", "; ".join(changes))
     why = "equal experts under weights that sum to 1"
     if options.granularity > 1:
         why = f"whole virtual groups of {options.granularity} are chosen; up and down × √G"
-    return Preservation("exact", why, twin.accuracy, rounded)
+    if not problems and options.method != "noise":
+        return Preservation("exact", why, twin.accuracy, rounding)
+    return _changed(problems, options)
 
 
-def _rounded_to(
+def _changed(problems: Mapping[str, str], options: UpcycleOptions) -> Preservation:
+    """Approximate while what is inexact is small, by the figures METHODS 2.3 and 2.4 give."""
+    changes, small = [*problems.values()], set(problems) <= {"unnormalised"}
+    if options.method == "noise":
+        share = f"{options.ratio:.0%} of each expert's neurons"
+        changes.append(f"noise of {options.noise_std:g}·σ on {share}")
+        small = small and options.noise_std <= SMALL_NOISE
+    if "unnormalised" in problems and options.router_std is not None:
+        small = small and options.router_std <= SMALL_ROUTER_STD
+    if small:
+        return Preservation("approximate", "; ".join(changes), APPROXIMATE_KL)
+    return Preservation("none", "; ".join(changes))
+
+
+def _rounding(
     form: Architecture, config: Mapping[str, Any], options: UpcycleOptions, source_dtype: str
-) -> str | None:
-    """The 16-bit dtype that weights are rounded to, if any; powers of two round nothing."""
-    stored = options.dtype or CONFIG_DTYPES.get(source_dtype)
+) -> Rounding | None:
+    """How weights are rounded, if they are: by a 16-bit `dtype`, or by factors like √2 in one.
+
+    Powers of two round nothing.
+    """
+    own = FLOAT_DTYPES.get(source_dtype)
+    stored = options.dtype or own
     if stored not in ("bfloat16", "float16"):
         return None
-    factors = (1.0, 1.0)
+    up, down = 1.0, 1.0
     if options.method != "shared":
-        factors = split_factor(output_factor(form, config, options), options.granularity)
-    exact = all(math.frexp(f)[0] == 0.5 for f in factors)
-    return None if exact and stored == CONFIG_DTYPES.get(source_dtype) else stored
+        up, down = split_factor(output_factor(form, config, options), options.granularity)
+    if stored == own and all(math.frexp(f)[0] == 0.5 for f in (up, down)):
+        return None
+    return Rounding(stored, everything=options.dtype is not None, up=up, down=down)
 
 
 def _inexact(

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_compose.architectures import Architecture, Twin
 from moe_compose.architectures.base import Key
-from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorInfo, TensorSource
+from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorInfo, TensorSource, common_dtype
 from moe_compose.surgery.arithmetic import Full, cast
 from moe_compose.surgery.experts import dense_layer
 from moe_compose.surgery.indices import Picks, Rows
@@ -131,11 +131,3 @@ def _fills(
         value = Full(shape, fill.value, fill.dtype or dtype)
         names = {fill.name.format(i=i) for i in layers}
         yield from (OutputTensor(n, value) for n in names)
-
-
-def common_dtype(source: TensorSource) -> str:
-    """The dtype most of the source's bytes have."""
-    sizes: dict[str, int] = {}
-    for t in source.tensors.values():
-        sizes[t.dtype] = sizes.get(t.dtype, 0) + t.nbytes
-    return max(sizes, key=lambda d: sizes[d])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_compose.architectures import Architecture, Twin
+from moe_compose.architectures import Architecture, Twin, targets_of
 from moe_compose.architectures.base import Key
 from moe_compose.architectures.dialects import both_dialects
 from moe_compose.errors import OptionError, UnsupportedError
@@ -43,7 +43,11 @@ def target_config(
     config |= {"architectures": [form.hf_class], "model_type": form.model_type}
     if options.dtype is not None:
         config["dtype"] = options.dtype
-    settings = {**twin.config, **(twin.shared_config if options.method == "shared" else {})}
+    settings = dict(twin.config)
+    if options.method == "shared":
+        settings |= twin.shared_config
+    if "unnormalised" in options.allow:
+        settings |= twin.unnormalised_config
     for name, value in settings.items():
         Key(name=name).edit(config, value.get(stated) if isinstance(value, Key) else value)
     _experts(config, stated, dense, form, options)
@@ -98,7 +102,7 @@ def _layers(
         raise UnsupportedError(
             f"{form.model_type} cannot hold dense layers as --layers {options.layers} leaves them: "
             f"{refusal}",
-            hint="Use --layers all, or a target with both kinds, such as qwen2_moe or qwen3_moe.",
+            hint=f"Use --layers all, or a target that can: {_with_dense_layers(dense)}.",
         )
     form.sparse.edit(config, sparse)
 
@@ -129,3 +133,9 @@ def choose_layers(text: str, count: int) -> frozenset[int]:
             f"layers ({text!r}) must name at least one of the {count} layers, 0 to {count - 1}"
         )
     return frozenset(chosen)
+
+
+def _with_dense_layers(dense: Architecture) -> str:
+    """The dense family's targets that know dense layers, by name."""
+    names = [a.model_type for a in targets_of(dense.model_type) if a.mlp]
+    return ", ".join(names) or f"{dense.model_type} has none"

@@ -13,11 +13,11 @@ from typing import Any
 
 from moe_compose.architectures import Architecture
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.surgery.experts import sparse_layer
+from moe_compose.surgery.experts import ffn_dtype, sparse_layer
 from moe_compose.surgery.pairing import choose_target, dense_form, stated_config
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.preservation import classify
-from moe_compose.surgery.shared_tensors import carried, common_dtype, natural
+from moe_compose.surgery.shared_tensors import carried, natural
 from moe_compose.surgery.target import target_config
 from moe_compose.surgery.upcycle_options import UpcycleOptions, check_options, output_dtype
 
@@ -45,9 +45,9 @@ def upcycle(source: TensorSource, options: UpcycleOptions) -> Plan:
     dense = dense_form(source.config)
     stated = stated_config(source.config, dense)
     form, twin = choose_target(stated, dense, options)
-    check_options(options, form, dense, source.config)
+    check_options(options, form, twin, dense, source.config)
     config = target_config(stated, dense, form, twin, options)
-    preservation = classify(form, config, twin, options, common_dtype(source))
+    preservation = classify(form, config, twin, options, ffn_dtype(source, dense))
     dtype = output_dtype(options)
     files = {n: p for n, p in source.files.items() if n != "README.md" and not n.endswith(".py")}
     dropped: dict[str, str] = {}

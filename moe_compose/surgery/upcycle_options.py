@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from moe_compose.architectures import Architecture
-from moe_compose.architectures.dialects import CONFIG_DTYPES
+from moe_compose.architectures import Architecture, Twin
 from moe_compose.checkpoint.source import FLOAT_DTYPES
 from moe_compose.errors import OptionError
 
@@ -26,42 +25,50 @@ class MethodInfo:
     Attributes:
         summary: one line.
         paper: title and arXiv id.
+        preserves: the preservation class that it aims at; the plan states the class that holds.
     """
 
     summary: str
     paper: str
+    preserves: str
 
 
 METHODS: Mapping[str, MethodInfo] = {
     "copy": MethodInfo(
         "every expert a copy of the FFN; computes what the dense model computes",
         "Sparse Upcycling, arXiv 2212.05055",
+        "exact",
     ),
     "granular": MethodInfo(
         "finer experts of 1/G the width, in virtual groups of G that are chosen together; exact",
         "Upcycling LLMs into MoE, arXiv 2410.07524",
+        "exact",
     ),
     "shared": MethodInfo(
         "the FFN becomes the shared expert, routed experts start silent; exact and diverse",
         "zero-initialised routed branch; shared experts: DeepSeekMoE, arXiv 2401.06066",
+        "exact",
     ),
     "noise": MethodInfo(
         "copies, with Gaussian noise on a fraction of each expert's neurons",
         "random noise upcycling, as in arXiv 2502.19261 section 4",
+        "approximate",
     ),
     "drop": MethodInfo(
         "copies, with a fraction of each expert's neurons redrawn; pays off after long training",
         "Drop-Upcycling, arXiv 2502.19261",
+        "none",
     ),
     "shuffle": MethodInfo(
         "neurons shuffled, cut into finer experts, half of each redrawn; not function-preserving",
         "Qwen1.5-MoE and Qwen2, arXiv 2407.10671",
+        "none",
     ),
 }
 
 #: What is refused unless asked for by name (`allow`): inexact variants of exact methods.
 ALLOWANCES: Mapping[str, str] = {
-    "unnormalised": "weights that do not sum to 1: exact only up to how uniform the router is",
+    "unnormalised": "weights not renormalised (more portable for some): needs a small router",
     "independent-rows": "granular experts with a router row each, not one per group: never exact",
     "split-groups": "top_k that is no multiple of the granularity: the last group is cut",
 }
@@ -106,13 +113,18 @@ class UpcycleOptions:
 
 
 def check_options(
-    options: UpcycleOptions, form: Architecture, dense: Architecture, config: Mapping[str, Any]
+    options: UpcycleOptions,
+    form: Architecture,
+    twin: Twin,
+    dense: Architecture,
+    config: Mapping[str, Any],
 ) -> None:
     """Raise every fault of the options together.
 
     Args:
         options: of the upcycle.
         form: the target's form.
+        twin: how source and target pair.
         dense: the source's form.
         config: the source's config.
 
@@ -120,7 +132,7 @@ def check_options(
         OptionError: at least one option, or combination, cannot be meant.
     """
     width = dense.width.integer(config)
-    problems = [*_out_of_range(options), *_contradictions(options, form, width)]
+    problems = [*_out_of_range(options), *_contradictions(options, form, twin, width)]
     if problems:
         raise OptionError("these options cannot be meant", problems=problems)
 
@@ -147,7 +159,7 @@ def _out_of_range(o: UpcycleOptions) -> Iterator[str]:
             yield f"allow ({name}) is none of {', '.join(ALLOWANCES)}"
 
 
-def _contradictions(o: UpcycleOptions, form: Architecture, width: int) -> Iterator[str]:
+def _contradictions(o: UpcycleOptions, form: Architecture, twin: Twin, width: int) -> Iterator[str]:
     if o.method == "granular" and o.granularity == 1:
         yield "method granular needs a granularity of 2 or more"
     if o.granularity > 1 and o.method not in FINER:
@@ -159,11 +171,16 @@ def _contradictions(o: UpcycleOptions, form: Architecture, width: int) -> Iterat
         yield (
             f"num_experts ({o.num_experts}) must be a multiple of the granularity ({o.granularity})"
         )
+    for name in {"independent-rows", "split-groups"}.intersection(o.allow):
+        if o.method != "granular":
+            yield f"allow {name} has no meaning for method {o.method}"
+    if "unnormalised" in o.allow and not twin.unnormalised_config:
+        yield f"allow unnormalised has no meaning for {form.model_type}: its weights sum to 1"
     if o.method == "shared" and form.shared is None and not form.parallel_mlp:
         yield f"{form.model_type} has no shared expert, which method shared needs"
 
 
 def output_dtype(options: UpcycleOptions) -> str | None:
     """The safetensors dtype to convert to; None keeps every tensor's own."""
-    by_name = {v: k for k, v in CONFIG_DTYPES.items() if k in FLOAT_DTYPES and k != "F64"}
+    by_name = {v: k for k, v in FLOAT_DTYPES.items() if k != "F64"}
     return by_name.get(options.dtype) if options.dtype else None

@@ -6,16 +6,18 @@ other engines need, and, given the source, runs both models on real text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from moe_compose.checkpoint.reader import Checkpoint
-from moe_compose.errors import CheckpointError
-from moe_compose.surgery.plan import Preservation
-from moe_compose.validation.parity import compare, memory_available, memory_needed
+from moe_compose.checkpoint.source import TensorSource
+from moe_compose.errors import CheckpointError, OptionError, PlanError
+from moe_compose.surgery.history import HISTORY_NAME, read_history
+from moe_compose.surgery.plan import Plan, Preservation
+from moe_compose.validation.memory import shortage
+from moe_compose.validation.parity import compare
 from moe_compose.validation.profile import check_profile
 from moe_compose.validation.report import Agreement, Check, Receipt, ValidationReport
 from moe_compose.validation.structure import (
@@ -24,22 +26,19 @@ from moe_compose.validation.structure import (
     check_names,
     load_tokenizer,
 )
-from moe_compose.validation.tensors import check_values
-from moe_compose.validation.text import sequences
+from moe_compose.validation.tensors import check_copied, check_values
+from moe_compose.validation.text import read_text, sequences
 
-__all__ = ["Agreement", "Check", "Receipt", "ValidationReport", "validate"]
-
-#: Where a checkpoint keeps the history of its surgery.
-HISTORY = "moe_compose.json"
+__all__ = ["Agreement", "Check", "Receipt", "ValidationReport", "preflight", "validate"]
 
 #: Longest sequence of the receipt, in tokens.
 LONGEST = 256
 
 
 def validate(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     *,
-    against: Checkpoint | None = None,
+    against: TensorSource | None = None,
     preservation: Preservation | None = None,
     data: Path | None = None,
     tokens: int = 1024,
@@ -47,7 +46,8 @@ def validate(
     """Check a checkpoint, and with `against` compare it with its source on real text.
 
     Args:
-        checkpoint: a local checkpoint.
+        checkpoint: a local checkpoint, or a plan that was not written yet: it is checked in the
+            same way, but not run.
         against: the checkpoint it was made from; without it there is no receipt.
         preservation: the class to hold the comparison to; by default the one in the checkpoint's
             own surgery history, or exact where there is none.
@@ -59,30 +59,30 @@ def validate(
         A report; `report.ok` is the verdict.
 
     Raises:
-        CheckpointError: one of the two is not a local folder.
-        OptionError: `data` is unreadable.
+        CheckpointError: one of the two is not on this disk, or its history is damaged.
+        OptionError: `data` is unreadable, or there are too few tokens.
     """
-    for c in (checkpoint, against):
-        if c is not None and c.path is None:
+    if tokens < 2:
+        raise OptionError(f"a comparison needs at least 2 tokens ({tokens})")
+    for source in (checkpoint, against):
+        if isinstance(source, Checkpoint) and source.path is None:
             raise CheckpointError(
-                f"{c.label} is not on this disk; validation reads every value",
+                f"{source.label} is not on this disk; validation reads every value",
                 hint="Download it first, or give a folder.",
             )
-    last = _last_surgery(checkpoint)
-    model, config = build_on_meta(checkpoint)
-    tokenizer, loads = load_tokenizer(checkpoint)
-    checks = [config]
-    if model is not None:
-        checks.append(check_names(checkpoint, model))
-    checks += [check_dtypes(checkpoint), loads]
-    checks.append(check_values(checkpoint, last.get("constants", ()), against))
-    checks += check_profile(checkpoint)
+    if data is not None and data.is_file():  # a pipe gives its text only once
+        read_text(data)
+    record = checkpoint.record() if isinstance(checkpoint, Plan) else _last(checkpoint)
+    checks, tokenizer = _checks(checkpoint, against, record)
     receipt = None
     if against is not None:
-        stated = preservation or _stated(last)
-        broken = any(c.status == "fail" for c in checks)
-        receipt, skipped = _receipt(checkpoint, against, stated, tokenizer, data, tokens, broken)
-        checks += skipped
+        stated = preservation or _stated(record)
+        if any(c.status == "fail" for c in checks):
+            text = "not run on a checkpoint that fails other checks"
+            checks.append(Check("receipt", "skip", text))
+        else:
+            receipt, more = _receipt(checkpoint, against, stated, tokenizer, data, tokens)
+            checks += more
     return ValidationReport(
         checkpoint=checkpoint.label,
         checks=tuple(checks),
@@ -91,31 +91,61 @@ def validate(
     )
 
 
+def preflight(plan: Plan) -> None:
+    """Hold a plan's names and shapes to its transformers class, before anything is written.
+
+    Raises:
+        PlanError: the class refuses the config, or a tensor is missing, unexpected or misshapen.
+    """
+    model, config = build_on_meta(plan)
+    found = [config] if model is None else [config, check_names(plan, model)]
+    problems = [
+        f"{c.name}: {p}" for c in found if c.status == "fail" for p in c.problems or [c.detail]
+    ]
+    if problems:
+        raise PlanError(
+            "the result would not be a whole checkpoint of its class", problems=problems
+        )
+
+
+def _checks(
+    checkpoint: TensorSource, against: TensorSource | None, record: Mapping[str, Any]
+) -> tuple[list[Check], Any]:
+    """Everything but the comparison; and the tokenizer, if there is one."""
+    model, config = build_on_meta(checkpoint)
+    tokenizer, loads = load_tokenizer(checkpoint, against)
+    checks = [config]
+    if model is not None:
+        checks.append(check_names(checkpoint, model))
+    checks += [check_dtypes(checkpoint), loads]
+    checks.append(check_values(checkpoint, record.get("constants", ()), against))
+    if against is not None and record.get("copied"):
+        checks.append(check_copied(checkpoint, record["copied"], against))
+    return checks + check_profile(checkpoint), tokenizer
+
+
 def _receipt(
-    checkpoint: Checkpoint,
-    against: Checkpoint,
+    checkpoint: TensorSource,
+    against: TensorSource,
     stated: Preservation,
     tokenizer: Any,
     data: Path | None,
     tokens: int,
-    broken: bool,
 ) -> tuple[Receipt | None, list[Check]]:
     """The comparison, or the reason why there is none."""
-    if broken:
-        return None, [Check("receipt", "skip", "not run on a checkpoint that fails other checks")]
-    needed, available = memory_needed(checkpoint, against), memory_available()
-    if available is not None and needed > available:
-        text = (
-            f"NOT MEASURED: comparing in fp32 takes about {needed / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are free"
-        )
+    if not (isinstance(checkpoint, Checkpoint) and isinstance(against, Checkpoint)):
+        text = "NOT MEASURED: a plan is run once it is written"
         return None, [Check("receipt", "skip", text)]
-    sizes = [c.config.get("vocab_size") for c in (checkpoint, against)]
-    if sizes[0] != sizes[1] or not isinstance(sizes[0], int):
-        text = f"the vocabularies differ ({sizes[1]} and {sizes[0]}): nothing to compare"
+    config = checkpoint.config
+    vocabulary, other = config.get("vocab_size"), against.config.get("vocab_size")
+    if vocabulary != other or not isinstance(vocabulary, int):
+        text = f"the vocabularies differ ({other} and {vocabulary}): nothing to compare"
         return None, [Check("receipt", "fail", text)]
-    longest = min(LONGEST, int(checkpoint.config.get("max_position_embeddings") or LONGEST))
-    texts = sequences(tokenizer, data, tokens, longest, sizes[0])
+    if lacking := shortage(vocabulary, tokens, checkpoint, against):
+        return None, [Check("receipt", "skip", f"NOT MEASURED: {lacking}")]
+    longest = min(LONGEST, int(config.get("max_position_embeddings") or LONGEST))
+    padding = config.get("pad_token_id")
+    texts = sequences(tokenizer, data, tokens, longest, vocabulary, padding)
     try:
         return compare(against, checkpoint, texts, stated), []
     except (RuntimeError, ValueError, OSError) as e:
@@ -123,31 +153,23 @@ def _receipt(
         return None, [Check("receipt", "fail", text)]
 
 
-def _last_surgery(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The last entry of the checkpoint's surgery history; empty when it has none."""
-    path = checkpoint.files.get(HISTORY)
-    if path is None:
-        return {}
+def _last(checkpoint: TensorSource) -> Mapping[str, Any]:
+    """The last record of the checkpoint's surgery history; empty when it has none."""
+    history = read_history(checkpoint)
+    return history[-1] if history else {}
+
+
+def _stated(record: Mapping[str, Any]) -> Preservation:
+    stated = record.get("preservation")
+    if stated is None:
+        return Preservation("exact", "nothing else is stated, so the same function is expected")
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-        return dict(history[-1])
-    except (OSError, ValueError, TypeError, IndexError, KeyError) as e:
+        return Preservation.from_json(stated)
+    except TypeError as e:
         raise CheckpointError(
-            f"{HISTORY} of {checkpoint.label} is not a list of records: {e}",
+            f"{HISTORY_NAME} states no preservation class that this version knows: {e}",
             hint="Remove the file to validate without it.",
         ) from e
-
-
-def _stated(last: Mapping[str, Any]) -> Preservation:
-    stated = last.get("preservation")
-    if stated is not None:
-        try:
-            return Preservation(**stated)
-        except TypeError as e:
-            raise CheckpointError(
-                f"{HISTORY} states no preservation class that this version knows: {e}"
-            ) from e
-    return Preservation("exact", "nothing else is stated, so the same function is expected")
 
 
 def _versions() -> dict[str, str]:

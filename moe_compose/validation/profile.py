@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_compose.architectures import Architecture, find
-from moe_compose.checkpoint.reader import Checkpoint
+from moe_compose.checkpoint.source import TensorSource
 from moe_compose.validation.report import Check
 
 
-def check_profile(checkpoint: Checkpoint) -> list[Check]:
+def check_profile(checkpoint: TensorSource) -> list[Check]:
     """One check per rule that is broken, or a single pass.
 
     Args:
-        checkpoint: a local folder.
+        checkpoint: a local folder, or a plan.
     """
     config, form = checkpoint.config, find(checkpoint.config)
     broken = [*_dialects(config, form), *_tokenizer(checkpoint)]
@@ -52,7 +52,7 @@ def _dialects(config: Mapping[str, Any], form: Architecture | None) -> Iterator[
             yield f"{', '.join(missing)} is missing: transformers 4 and llama.cpp need it"
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
+def _tokenizer(checkpoint: TensorSource) -> Iterator[str]:
     path = checkpoint.files.get("tokenizer_config.json")
     if path is None:
         return

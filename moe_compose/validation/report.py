@@ -36,10 +36,12 @@ class Agreement:
         dtype: what both models ran in.
         max_error: largest absolute difference of two logits.
         relative_error: `‖Δ‖₂ / ‖reference‖₂` over all logits.
+        median_error: the same token by token, the median of them.
         kl: mean KL(reference ‖ result).
         top1: share of positions where both rank the same token first.
         loss, reference_loss: next-token cross-entropy of the result and of the reference.
-        noise: relative error of the reference itself in `dtype` against fp32; None when `dtype` is
+        guessing: the loss of equal probabilities, `ln` of the vocabulary.
+        noise: median error of the reference itself in `dtype` against fp32; None when `dtype` is
             float32.
         noise_top1: top-1 agreement of the reference in `dtype` with itself in fp32; None likewise.
     """
@@ -47,10 +49,12 @@ class Agreement:
     dtype: str
     max_error: float
     relative_error: float
+    median_error: float
     kl: float
     top1: float
     loss: float
     reference_loss: float
+    guessing: float
     noise: float | None = None
     noise_top1: float | None = None
 

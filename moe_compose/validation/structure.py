@@ -7,13 +7,14 @@ asked, through its own conversion rules, what it would write to disk.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures import find
-from moe_compose.architectures.dialects import CONFIG_DTYPES
-from moe_compose.checkpoint.reader import Checkpoint
-from moe_compose.checkpoint.source import FLOAT_DTYPES
+from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
 from moe_compose.validation.quiet import quiet_transformers
 from moe_compose.validation.report import Check
 
@@ -30,8 +31,9 @@ def capped(problems: list[str]) -> tuple[str, ...]:
     return tuple(problems[:SHOWN]) + ((f"and {more} more",) if more > 0 else ())
 
 
-def build_on_meta(checkpoint: Checkpoint) -> tuple[PreTrainedModel | None, Check]:
-    """The transformers class of the checkpoint, without weights; None when the config is refused.
+def build_on_meta(source: TensorSource) -> tuple[PreTrainedModel | None, Check]:
+    """The transformers class of a checkpoint or plan, without weights; None when the config is
+    refused.
 
     Remote code is never run: a config that needs it is refused.
     """
@@ -39,14 +41,15 @@ def build_on_meta(checkpoint: Checkpoint) -> tuple[PreTrainedModel | None, Check
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(dict(source.config)))
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
     except Exception as e:
         # Whatever a model class raises on a bad config, the finding is the same.
         return None, Check("config", "fail", f"transformers refuses the config: {_first_line(e)}")
-    stated = checkpoint.config.get("architectures") or []
+    stated = source.config.get("architectures") or []
     name = type(model).__name__
     if name not in stated:
         return model, Check("config", "fail", f"architectures ({stated}) does not name {name}")
@@ -67,7 +70,7 @@ def expected_tensors(model: PreTrainedModel) -> Mapping[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in revert_weight_conversion(model, kept).items()}
 
 
-def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> Check:
+def check_names(checkpoint: TensorSource, model: PreTrainedModel) -> Check:
     """Every tensor of the class is there, in its shape, and no other."""
     if checkpoint.config.get("quantization_config"):
         return Check("tensors", "skip", "quantised: names differ from the class's own")
@@ -92,38 +95,50 @@ def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> Check:
     )
 
 
-def check_dtypes(checkpoint: Checkpoint) -> Check:
-    """Floating-point tensors have the config's dtype, but for those that the family pins."""
+def check_dtypes(checkpoint: TensorSource) -> Check:
+    """Floating-point tensors have the config's dtype, or the one that the family pins for them: a
+    correction bias rounded to 16 bits chooses other experts.
+    """
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    form = find(checkpoint.config)
-    pinned = tuple(t.name.split("{i}")[-1] for t in form.router if t.dtype) if form else ()
-    problems = []
-    for name, info in checkpoint.tensors.items():
-        if info.dtype not in FLOAT_DTYPES or (pinned and name.endswith(pinned)):
-            continue
-        if stated is not None and CONFIG_DTYPES[info.dtype] != stated:
-            problems.append(f"{name} is {CONFIG_DTYPES[info.dtype]}")
     if stated is None:
         return Check("dtypes", "warn", "the config states no dtype; loaders then guess")
-    if problems:
-        text = f"the config states {stated}; {len(problems)} tensors differ"
-        return Check("dtypes", "warn", text, capped(problems))
+    form = find(checkpoint.config)
+    pins = {t.name.split("{i}")[-1]: t.dtype for t in form.router if t.dtype} if form else {}
+    wrong, other = [], []
+    for name, info in checkpoint.tensors.items():
+        pinned = next((d for end, d in pins.items() if name.endswith(end)), None)
+        if info.dtype not in FLOAT_DTYPES:
+            continue
+        if pinned is not None and info.dtype != pinned:
+            wrong.append(f"{name} is {info.dtype}, its family keeps it in {pinned}")
+        elif pinned is None and FLOAT_DTYPES[info.dtype] != stated:
+            other.append(f"{name} is {FLOAT_DTYPES[info.dtype]}")
+    if wrong:
+        return Check("dtypes", "fail", f"{len(wrong)} tensors lost precision", capped(wrong))
+    if other:
+        text = f"the config states {stated}; {len(other)} tensors differ"
+        return Check("dtypes", "warn", text, capped(other))
     return Check("dtypes", "pass", f"as the config states ({stated})")
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> tuple[Any, Check]:
-    """The checkpoint's tokenizer, or None."""
+def load_tokenizer(checkpoint: TensorSource, against: TensorSource | None) -> tuple[Any, Check]:
+    """The checkpoint's tokenizer, or None.
+
+    More tokens than the model has rows is a fault, unless the source has the same.
+    """
     from transformers import AutoTokenizer
 
-    if not any(name.startswith("tokenizer") for name in checkpoint.files):
+    path = checkpoint.files.get("tokenizer_config.json") or checkpoint.files.get("tokenizer.json")
+    if path is None:
         return None, Check("tokenizer", "warn", "the checkpoint has none")
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
     except Exception as e:
         return None, Check("tokenizer", "fail", f"does not load: {_first_line(e)}")
     vocabulary = checkpoint.config.get("vocab_size")
     if isinstance(vocabulary, int) and len(tokenizer) > vocabulary:
         text = f"has {len(tokenizer)} tokens, the model {vocabulary}"
-        return tokenizer, Check("tokenizer", "fail", text)
+        inherited = against is not None and against.config.get("vocab_size") == vocabulary
+        return tokenizer, Check("tokenizer", "warn" if inherited else "fail", text)
     return tokenizer, Check("tokenizer", "pass", f"loads, {len(tokenizer)} tokens")

@@ -49,10 +49,22 @@ def value_range(source: TensorSource, name: str) -> Range | None:
 
 
 def _bounds(piece: torch.Tensor) -> tuple[float, float]:
-    if piece.element_size() == 1 or piece.is_complex():
-        piece = piece.real.float() if piece.is_complex() else piece.float()
+    """Smallest and largest value; dtypes that torch cannot compare are widened first."""
+    import torch
+
+    if piece.is_complex():
+        piece = torch.view_as_real(piece)
+    elif piece.is_floating_point() and piece.element_size() == 1:
+        piece = piece.float()
+    elif piece.dtype in (torch.uint16, torch.uint32, torch.uint64, torch.bool):
+        piece = piece.double()
     low, high = piece.aminmax()
     return float(low), float(high)
+
+
+def compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    """Name patterns with `*` for every number."""
+    return [re.compile(re.escape(p).replace(r"\*", r"\d+")) for p in patterns]
 
 
 def check_values(
@@ -68,7 +80,7 @@ def check_values(
         constants: name patterns (`*` for numbers) of tensors that are constant on purpose.
         reference: the source; a tensor that is constant there, too, is no finding.
     """
-    meant = [re.compile(re.escape(p).replace(r"\*", r"\d+")) for p in constants]
+    meant = compiled(constants)
     with ThreadPoolExecutor(2) as pool:
         ranges = dict(
             zip(
@@ -77,21 +89,18 @@ def check_values(
                 strict=True,
             )
         )
-    bad = [f"{n} holds NaN or infinite values" for n, r in ranges.items() if r and not r.finite]
-    suspicious = [
-        f"{n} is {r.low:g} throughout"
+    bad = [n for n, r in ranges.items() if r and not r.finite]
+    same = {
+        n: r.low
         for n, r in ranges.items()
-        if r
-        and r.constant
-        and checkpoint.tensors[n].numel > 1
-        and not any(p.fullmatch(n) for p in meant)
-        and not _constant_in(reference, n)
-    ]
-    silent = [s for s in suspicious if _is_matrix(checkpoint, s.split(" ", 1)[0])]
-    if bad or silent:
-        return Check(
-            "values", "fail", f"{len(bad + silent)} tensors are wrong", capped(bad + silent)
-        )
+        if r and r.constant and checkpoint.tensors[n].numel > 1 and not _meant(n, meant, reference)
+    }
+    silent = [n for n in same if _is_matrix(checkpoint, n)]
+    suspicious = [f"{n} is {value:g} throughout" for n, value in same.items()]
+    wrong = [f"{n} holds NaN or infinite values" for n in bad]
+    wrong += [f"{n} is {same[n]:g} throughout" for n in silent]
+    if wrong:
+        return Check("values", "fail", f"{len(wrong)} tensors are wrong", capped(wrong))
     if suspicious:
         text = f"finite; {len(suspicious)} look freshly initialised"
         return Check("values", "warn", text, capped(suspicious))
@@ -100,11 +109,49 @@ def check_values(
     )
 
 
-def _constant_in(reference: TensorSource | None, name: str) -> bool:
+def _meant(name: str, patterns: Sequence[re.Pattern[str]], reference: TensorSource | None) -> bool:
+    """Made constant on purpose, or constant in the source already."""
+    if any(p.fullmatch(name) for p in patterns):
+        return True
     if reference is None or name not in reference.tensors:
         return False
     found = value_range(reference, name)
     return found is not None and found.constant
+
+
+def check_copied(
+    checkpoint: TensorSource, patterns: Sequence[str], reference: TensorSource
+) -> Check:
+    """Tensors that surgery copied are still the source's, bit for bit.
+
+    Args:
+        checkpoint: the result.
+        patterns: names (`*` for numbers) of what was copied.
+        reference: the source.
+    """
+    meant = compiled(patterns)
+    names = [n for n in checkpoint.tensors if any(p.fullmatch(n) for p in meant)]
+    problems = [n for n in names if not _equal(checkpoint, reference, n)]
+    if problems:
+        text = f"{len(problems)} of {len(names)} copied tensors differ from the source's"
+        return Check("copies", "fail", text, capped(problems))
+    return Check("copies", "pass", f"{len(names)} tensors are the source's, bit for bit")
+
+
+def _equal(one: TensorSource, other: TensorSource, name: str) -> bool:
+    a, b = one.tensors[name], other.tensors.get(name)
+    if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if a.dtype not in TORCH_DTYPES:
+        return True
+    pairs = zip(one.stream(name), other.stream(name), strict=True)
+    return all(bool((_bits(x) == _bits(y)).all()) for x, y in pairs)
+
+
+def _bits(piece: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return piece.contiguous().view(torch.uint8)
 
 
 def _is_matrix(source: TensorSource, name: str) -> bool:

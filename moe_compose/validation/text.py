@@ -12,6 +12,9 @@ from moe_compose.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
+#: Tokens that each document gives at least: shorter contexts say little of a model.
+SHORTEST = 128
+
 #: Documents in a text file are separated so (as in TinyStories and many other sets).
 SEPARATOR = "<|endoftext|>"
 
@@ -54,7 +57,12 @@ def read_text(data: Path | None) -> tuple[str, str]:
 
 
 def sequences(
-    tokenizer: Any, data: Path | None, tokens: int, longest: int, vocabulary: int
+    tokenizer: Any,
+    data: Path | None,
+    tokens: int,
+    longest: int,
+    vocabulary: int,
+    padding: int | None = None,
 ) -> Sequences:
     """About `tokens` token ids in sequences of at most `longest`, taken evenly from all documents.
 
@@ -64,6 +72,8 @@ def sequences(
         tokens: how many in all.
         longest: longest sequence, in tokens.
         vocabulary: size of the model's vocabulary; ids beyond it are an error of the tokenizer.
+        padding: id that is left out of ids spread over the vocabulary: what a class makes of it is
+            no part of the model's function.
     """
     import torch
 
@@ -74,15 +84,21 @@ def sequences(
         )
     if tokenizer is None:
         ids = torch.arange(tokens, dtype=torch.int64) * 7919 % vocabulary
+        ids = ids[ids != (-1 if padding is None else padding)]
         return Sequences("token ids spread over the vocabulary", torch.split(ids[None], longest, 1))
     name, text = read_text(data)
     documents = [d.strip() for d in text.split(SEPARATOR) if d.strip()]
-    share = max(2, tokens // len(documents))
+    wanted = max(1, min(len(documents), tokens // SHORTEST))
+    share = max(2, tokens // wanted)
+    stride = max(1, len(documents) // wanted)
+    evenly = sorted(range(len(documents)), key=lambda i: (i % stride, i))
     pieces: list[torch.Tensor] = []
-    for document in documents:
-        ids = tokenizer(document, truncation=True, max_length=share)["input_ids"]
+    for i in evenly:
+        ids = tokenizer(documents[i], truncation=True, max_length=share)["input_ids"]
         whole = torch.tensor([ids], dtype=torch.int64)
         pieces += [p for p in torch.split(whole, longest, 1) if p.numel() > 1]
+        if sum(p.numel() for p in pieces) >= tokens:
+            break
     if not pieces:
         raise OptionError(f"{name} gives no tokens to compare on")
     if (most := max(int(p.max()) for p in pieces)) >= vocabulary:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from moe_compose.architectures import Architecture, Twin, all_architectures
 from moe_compose.architectures.base import Key
 from moe_compose.architectures.dialects import both_dialects, state_facts
+from moe_compose.surgery.pairing import stated_config
 from moe_compose.surgery.target import target_config
 from moe_compose.surgery.upcycle_options import UpcycleOptions
 
@@ -100,9 +101,9 @@ def test_an_entry_that_only_the_target_knows_does_not_slip_through(
     source = dense_config(twin.dense, silent=True).to_dict()
     refused = {r.key.name for r in twin.requires}
     stray = {k: v for k, v in stray.items() if k not in refused}
-    config = target_config(
-        source | stray, FORMS[twin.dense], target, twin, UpcycleOptions(num_experts=4)
-    )
+    form = FORMS[twin.dense]
+    stated = stated_config(source | stray, form)
+    config = target_config(stated, form, target, twin, UpcycleOptions(num_experts=4))
     assert {k for k, v in config.items() if v == "stray"} == set()
 
 
@@ -112,15 +113,10 @@ def test_the_target_states_everything_its_class_would_assume(
 ) -> None:
     """A config that names only its sizes comes out with every fact of its family in it."""
     sizes = {k: getattr(dense_config(twin.dense, silent=True), k) for k in SIZES}
-    facts = FORMS[twin.dense].facts
-    config = target_config(
-        {"model_type": twin.dense, **sizes, **SILENT[twin.dense]},
-        FORMS[twin.dense],
-        target,
-        twin,
-        UpcycleOptions(num_experts=4),
-    )
-    assert set(facts) <= {*config, *twin.drop}
+    form = FORMS[twin.dense]
+    stated = stated_config({"model_type": twin.dense, **sizes, **SILENT[twin.dense]}, form)
+    config = target_config(stated, form, target, twin, UpcycleOptions(num_experts=4))
+    assert set(form.facts) <= {*config, *twin.drop}
     assert target.per_layer_rope or config["rope_parameters"]["rope_theta"] == config["rope_theta"]
 
 

@@ -35,6 +35,9 @@ PLACES = [
     ("qwen3_moe", 48, "model.layers.1.mlp.experts.7.up_proj.qweight", Place("experts", 1, 7)),
     ("qwen3_moe", 48, "model.layers.1.mlp.experts.7.up_proj.weight_packed", Place("experts", 1, 7)),
     ("qwen3_moe", 48, "model.layers.1.post_attention_layernorm.weight", Place("norm", 1)),
+    ("qwen3_moe", 48, "model.norm.weight", Place("norm")),
+    ("qwen3_moe", 48, "norm", Place("other")),  # no module's name, so nothing to go by
+    ("qwen3_moe", 48, "model.layers.2.something.norm", Place("other", 2)),
     ("qwen3_next", 48, "mtp.layers.0.mlp.experts.0.up_proj.weight", Place("MTP")),
     ("phimoe", 32, "lm_head.bias", Place("head")),
     (

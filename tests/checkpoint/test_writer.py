@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toy_source import ToySource, byte_source, contents
+from toy_source import Meter, ToySource, byte_source, contents
 
-from moe_compose.checkpoint import copying
-from moe_compose.checkpoint.sharding import DIGEST_KEY, INDEX_NAME, plan_shards
+from moe_compose.checkpoint import copying, pipeline
+from moe_compose.checkpoint.folder import INDEX_NAME
+from moe_compose.checkpoint.sharding import DIGEST_KEY, plan_shards
 from moe_compose.checkpoint.source import DTYPE_BITS, TORCH_DTYPES, Extent, TensorInfo, torch_dtype
 from moe_compose.checkpoint.write_state import STATE_NAME
 from moe_compose.checkpoint.writer import Progress, write
@@ -103,6 +105,65 @@ def test_bytes_do_not_depend_on_workers(mixed, tmp_path, shard_size):
     for out, workers in zip(outs, (1, 4, 4), strict=True):
         write(source, out, shard_size=shard_size, workers=workers)
     assert contents(outs[0]) == contents(outs[1]) == contents(outs[2])
+
+
+def metered(tmp_path: Path, counts: list[int]) -> tuple[ToySource, Meter]:
+    """Tensors of so many elements to compute, a copied one after each."""
+    source, meter = byte_source(tmp_path / "source"), Meter()
+    copied = list(source.tensors.items())
+    source.tensors = {}
+    for index, count in enumerate(counts):
+        info = TensorInfo.of(f"computed.{index}", "BF16", (count,))
+        value = torch.full((count,), index).bfloat16()
+        source.compute(
+            info, lambda info=info, value=value: meter.measured(info, pieces_of(value, 7))
+        )
+        source.tensors |= copied[index : index + 1]
+    return source, meter
+
+
+@pytest.mark.parametrize("shard_size", [100, 10**9])
+def test_what_is_computed_at_once_is_bounded_in_bytes(tmp_path, monkeypatch, shard_size):
+    """1000 elements count 4000 bytes, whatever they are stored in; 3000 are more than allowed."""
+    counts = [1000, 1000, 1000, 3000, 10, 1000, 0, 1000]
+    monkeypatch.setattr(pipeline, "COMPUTED_BYTES", 8100)
+    source, meter = metered(tmp_path, counts)
+    write(source, tmp_path / "out", shard_size=shard_size, workers=8)
+    assert meter.now == 0
+    assert meter.most == 12000  # the large one, and nothing beside it
+    monkeypatch.setattr(pipeline, "COMPUTED_BYTES", 10**9)
+    write(source, tmp_path / "free", shard_size=shard_size, workers=8)
+    assert contents(tmp_path / "free") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("bound", "most"), [(1, 4000), (8100, 8000), (12000, 12000)])
+def test_as_much_as_fits_is_computed_at_once(tmp_path, monkeypatch, bound, most):
+    """The control: without a bound, eight workers would compute eight tensors."""
+    monkeypatch.setattr(pipeline, "COMPUTED_BYTES", bound)
+    source, meter = metered(tmp_path, [1000] * 12)
+    write(source, tmp_path / "out", workers=8)
+    assert meter.most == most
+
+
+def test_copies_overtake_a_tensor_that_waits(tmp_path, monkeypatch):
+    """All copies of a shard are done while its first tensor is still being computed."""
+    monkeypatch.setattr(pipeline, "COMPUTED_BYTES", 1)
+    source, copied = byte_source(tmp_path / "source"), threading.Event()
+    for name in ("a", "b"):
+        info = TensorInfo.of(name, "I64", (1,))  # wide elements come first in a shard
+
+        def waits() -> Iterator[torch.Tensor]:
+            assert copied.wait(timeout=30)
+            yield torch.ones(1, dtype=torch.int64)
+
+        source.compute(info, waits)
+
+    def seen(progress: Progress) -> None:
+        if progress.bytes_done >= 8000:
+            copied.set()
+
+    write(source, tmp_path / "out", workers=2, progress=seen)
+    assert copied.is_set()
 
 
 def test_values_do_not_depend_on_shard_size(mixed, tmp_path):

@@ -122,9 +122,12 @@ def test_a_resume_can_be_killed_again_and_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("old_config", [{}, {"old": True}], ids=["same plan", "other plan"])
 def test_overwriting_can_be_killed_anywhere(tmp_path, monkeypatch, old_config):
-    """Old weights never survive into the new checkpoint, although their headers may be the same."""
+    """Old weights never survive into the new checkpoint, although their headers may be the same;
+    nor do files that belonged to them.
+    """
     source, out = half_computed(tmp_path / "source"), tmp_path / "out"
     stale = byte_source(tmp_path / "other source")
+    stale.files["generation_config.json"] = tmp_path / "other source" / "config.json"
     stale.config = {**source.config, **old_config}
     for info in source.tensors.values():
         stale.copy(info, Extent(tmp_path / "other source/weights.safetensors", 0, info.nbytes))

@@ -54,7 +54,7 @@ def test_really_full_disk(tmp_path, small_disk, monkeypatch):
     assert "--dtype" in str(caught.value)
     assert not out.exists()
     with monkeypatch.context() as patch:
-        patch.setattr("moe_compose.checkpoint.destination.check_space", lambda *_: None)
+        patch.setattr("moe_compose.checkpoint.survey.check_space", lambda *_: None)
         with pytest.raises(WriteError, match="--resume continues after freeing space"):
             write(source, out, shard_size=2 << 20, workers=1)
     assert len(list(out.glob("*.safetensors"))) == 2  # the third lacks the room for its header

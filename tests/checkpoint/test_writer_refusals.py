@@ -12,7 +12,7 @@ import pytest
 import torch
 from toy_source import ToySource, byte_source, contents
 
-from moe_compose.checkpoint.sharding import INDEX_NAME
+from moe_compose.checkpoint.folder import INDEX_NAME
 from moe_compose.checkpoint.source import Extent, TensorInfo
 from moe_compose.checkpoint.write_state import STATE_NAME, StateFile
 from moe_compose.checkpoint.writer import check_destination, write
@@ -213,6 +213,42 @@ def test_overwrite_replaces_a_checkpoint_and_leaves_the_rest(tmp_path):
     write(source, out, shard_size=4000, overwrite=True)
     write(source, clean, shard_size=4000)
     assert contents(out) == contents(clean) | {"notes.md": b"old"}
+
+
+BELONGING = (
+    *("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("tekken.json", "qwen.tiktoken", "generation_config.json", "chat_template.jinja"),
+    *("chat_template.json", "additional_chat_templates/tool_use.jinja", "moe_compose.json"),
+)
+
+
+def test_overwrite_removes_what_belonged_to_the_old_checkpoint(tmp_path):
+    """A tokenizer or an eos token of another model would be served without a word."""
+    source, out, clean = byte_source(tmp_path / "source"), tmp_path / "out", tmp_path / "clean"
+    write(source.with_config(old=True), out)
+    (out / "additional_chat_templates").mkdir()
+    mine = ("LICENSE", "my_tokenizer.json", "notes/tokenizer.json", "classifier.model", "vocab.md")
+    (out / "notes").mkdir()
+    (out / "tokenizer_experiments").mkdir()
+    for name in (*BELONGING, *mine):
+        (out / name).write_text("old")
+    found = check_destination(source, out, overwrite=True)
+    assert {*BELONGING} <= {*found.removed}
+    write(source, out, overwrite=True)
+    write(source, clean)
+    assert contents(out) == contents(clean) | dict.fromkeys(sorted(mine), b"old")
+    assert (out / "tokenizer_experiments").is_dir()
+
+
+def test_overwrite_does_not_follow_links_to_folders(tmp_path):
+    source, out = byte_source(tmp_path / "source"), tmp_path / "out"
+    write(source, out)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jinja").write_text("mine")
+    (out / "additional_chat_templates").symlink_to(tmp_path / "mine")
+    write(source, out, overwrite=True)
+    assert (tmp_path / "mine" / "a.jinja").read_text() == "mine"
 
 
 def test_overwriting_links_removes_the_links_only(tmp_path):

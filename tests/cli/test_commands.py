@@ -22,7 +22,7 @@ MEASURED = ValidationReport(
     checkpoint="x",
     checks=FINE.checks,
     receipt=Receipt(
-        "dense", "text", 9, (Agreement("float32", 0, 0, 0, 1, 2, 2),), "exact", True, "so"
+        "dense", "text", 9, (Agreement("float32", 0, 0, 0, 0, 1, 2, 2, 3),), "exact", True, "so"
     ),
 )
 

@@ -127,6 +127,28 @@ def test_a_missing_source_exits_1(command: Any, tmp_path: Path) -> None:
     assert ran.err.startswith("Error: there is no folder")
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_a_text_that_cannot_be_read_is_found_before_anything_is_written(
+    command: Any, dense: Path, tmp_path: Path, content: bytes | None, dry: tuple[str, ...]
+) -> None:
+    text, out = tmp_path / "typo.txt", tmp_path / "out"
+    if content is not None:
+        text.write_bytes(content)
+    ran = command("upcycle", dense, out, "--data", text, *dry)
+    assert ran.code == 2
+    assert "typo.txt" in ran.err
+    assert not out.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe with a name")
+def test_a_pipe_is_not_read_before_it_is_needed(command: Any, dense: Path, tmp_path: Path) -> None:
+    """As of `--data <(zcat text.gz)`: what was read once is gone."""
+    os.mkfifo(tmp_path / "pipe")
+    ran = command("upcycle", dense, tmp_path / "out", "--data", tmp_path / "pipe", "--dry-run")
+    assert ran.code == 0
+
+
 def test_what_is_written_but_not_valid_exits_3(
     command: Any, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

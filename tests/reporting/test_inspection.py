@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hand_made import LAYERS, D, E, F, Make, V, plan_of
 
-from moe_compose.reporting.inspection import inspect
+from moe_compose.reporting.inspect import inspect
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "models"
 ATTENTION = LAYERS * (D * D * 2 + 2 * (D // 2) * D)

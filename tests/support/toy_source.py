@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,24 @@ class ToySource:
 
     def with_config(self, **config: Any) -> ToySource:
         return replace(self, config={**self.config, **config})
+
+
+class Meter:
+    """How much was being computed at once, in bytes of fp32, at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def measured(self, info: TensorInfo, pieces: Iterator[Any]) -> Iterator[Any]:
+        """The pieces, taken slowly; counts from the first until the last is done with."""
+        with self._lock:
+            self.now += 4 * info.numel
+            self.most = max(self.most, self.now)
+        time.sleep(0.01)
+        yield from pieces
+        with self._lock:
+            self.now -= 4 * info.numel
 
 
 def byte_source(folder: Path, *, tensors: int = 8, nbytes: int = 1000) -> ToySource:

@@ -18,8 +18,8 @@ from dense_models import dense_config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from moe_compose.architectures import all_architectures
-from moe_compose.architectures.family import Require
 from moe_compose.architectures.refused import NO_PAIR, NO_SOURCE, NO_TARGET
+from moe_compose.architectures.twin import Require
 from moe_compose.checkpoint.source import Extent, TensorInfo
 from moe_compose.errors import UnsupportedError
 from moe_compose.surgery.pairing import choose_target, dense_form, stated_config

@@ -13,7 +13,7 @@ from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorInfo
 from moe_compose.errors import PlanError
 from moe_compose.surgery import evaluate
-from moe_compose.surgery.arithmetic import Cast, Full, Noise, Random, Redraw, Scale
+from moe_compose.surgery.arithmetic import Cast, Full, Noise, Random, Redraw, Scale, constant_value
 from moe_compose.surgery.draws import Draw
 from moe_compose.surgery.indices import Picks, Rows, Sample, SampleSlice
 from moe_compose.surgery.transforms import Concat, Read, Stack, Take, Transform
@@ -129,6 +129,15 @@ def test_arithmetic_rounds_once(source):
     assert not torch.equal(once, ((x.float() * 1.1).bfloat16().float() * 1.3).bfloat16())
 
 
+def test_constants_are_seen_through_what_only_moves_them():
+    zero = Full((2, 3), 0.0, "F32")
+    assert constant_value(Cast(Stack((zero, zero)), "BF16")) == 0.0
+    assert constant_value(Take(Concat((zero, zero)), Rows(0, 3))) == 0.0
+    assert constant_value(Stack((zero, Full((2, 3), 1.0, "F32")))) is None
+    assert constant_value(Stack((zero, Random((2, 3), 1.0, Draw(0, "x"))))) is None
+    assert constant_value(read("w")) is None
+
+
 def test_noise_touches_the_set_and_nothing_else(source):
     at = Sample(Draw(3, "set"), 12, 6)
     w = evaluate.value(read("w"), {"s": source})
@@ -186,3 +195,27 @@ def test_thread_count_changes_nothing(source):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_block_changed_in_runs_is_the_block_changed_at_once(dim):
+    """The stream of draws does not depend on how many rows are taken at a time."""
+    torch.manual_seed(0)
+    x = torch.randn(150, 170)
+    at = Sample(Draw(0, "set"), x.shape[dim], 131)
+    index = torch.from_numpy(at.indices())
+    block = x.index_select(dim, index).double()
+    drawn = torch.from_numpy(
+        Draw(0, "new").generator().standard_normal(tuple(block.shape), dtype=np.float32)
+    )
+    want = drawn * float(block.std(correction=0)) + float(block.mean())
+    made = Redraw(Full((150, 170), 0.0, "F32"), at, dim, Draw(0, "new")).apply(x.clone())
+    assert torch.allclose(made.index_select(dim, index), want, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_of_a_source_are_read_alone(source, monkeypatch):
+    """Taking a few rows does not read the rest of the matrix."""
+    node = Scale(Take(read("w"), Rows(3, 5)), 2.0)
+    want = evaluate.value(read("w"), {"s": source})[3:5] * 2
+    monkeypatch.setattr(type(source), "read", lambda *_: pytest.fail("read the whole matrix"))
+    assert torch.equal(evaluate.value(node, {"s": source}), want)

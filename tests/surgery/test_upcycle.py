@@ -176,7 +176,8 @@ def test_dtype_rounds_once_to_nearest(dense):
     assert torch.equal(expert(plan, 0)[1], want)
     assert {t.dtype for t in plan.tensors.values()} == {"BF16"}
     assert plan.config["dtype"] == "bfloat16"
-    assert plan.preservation.rounded_to == "bfloat16"
+    rounding = plan.preservation.rounding
+    assert (rounding.dtype, rounding.everything, rounding.up) == ("bfloat16", True, math.sqrt(2))
 
 
 @pytest.mark.parametrize(
@@ -283,3 +284,41 @@ def test_neuron_sets_are_uniform():
     for e in range(2000):
         counts[Sample(Draw(0, f"layer 0 expert {e} neurons"), F, F // 2).indices()] += 1
     assert abs(counts / 2000 - 0.5).max() < 5 * math.sqrt(0.25 / 2000)
+
+
+def test_unnormalised_weights_are_had_by_name(dense):
+    """E·G/k on the experts and a small router: approximate; with a large router, worse."""
+    options = {"target": "qwen2_moe", "allow": ("unnormalised",), "num_experts": 4}
+    plan = plan_of(dense, **options)
+    assert plan.config["norm_topk_prob"] is False
+    assert plan.preservation.kind == "approximate"
+    base = "model.layers.0.mlp"
+    assert torch.equal(plan.read(f"{base}.experts.1.down_proj.weight"), ffn(dense)[2] * 2)
+    router = plan.read(f"{base}.gate.weight")
+    assert float(router.std()) == pytest.approx(0.002, rel=0.3)
+    assert plan_of(dense, router_std=0.5, **options).preservation.kind == "none"
+    with pytest.raises(OptionError, match="no meaning for mixtral"):
+        plan_of(dense, allow=("unnormalised",))
+
+
+def test_unnormalised_granular_factor(dense):
+    """E·G/k in all, its root on up and on down."""
+    plan = plan_of(dense, "granular", granularity=2, target="qwen2_moe", allow=("unnormalised",))
+    up = plan.read("model.layers.0.mlp.experts.0.up_proj.weight")
+    want = ffn(dense)[1][: F // 2] * math.sqrt(E * 2 / 2)
+    assert torch.allclose(up, want, rtol=1e-6)
+
+
+def test_rounding_goes_by_the_ffns_dtype(tmp_path):
+    """fp32 embeddings around a bf16 FFN: √2 is rounded to bf16, whatever most bytes are."""
+    from mutants import mutant
+
+    dense = dense_llama(tmp_path / "dense", torch.bfloat16)
+
+    def widen(t):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            t[name] = t[name].float().repeat_interleave(1, 0)
+
+    mixed = mutant(dense, tmp_path / "mixed", tensors=widen)
+    rounding = plan_of(mixed, "granular", granularity=2).preservation.rounding
+    assert (rounding.dtype, rounding.everything) == ("bfloat16", False)

@@ -11,11 +11,11 @@ from mutants import mutant
 
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.writer import write
-from moe_compose.errors import CheckpointError, OptionError
+from moe_compose.errors import CheckpointError, OptionError, PlanError
 from moe_compose.surgery.upcycle import upcycle
 from moe_compose.surgery.upcycle_options import UpcycleOptions
-from moe_compose.validation import validate
-from moe_compose.validation.text import read_text
+from moe_compose.validation import preflight, validate
+from moe_compose.validation.text import read_text, sequences
 
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
@@ -153,7 +153,7 @@ def test_remote_code_is_never_run(moe, tmp_path):
 
 
 def test_a_model_too_large_to_compare_is_said_not_measured(moe, monkeypatch):
-    monkeypatch.setattr("moe_compose.validation.memory_available", lambda: 1000)
+    monkeypatch.setattr("moe_compose.validation.memory.memory_available", lambda: 1000)
     report = validate(moe, against=moe)
     assert report.receipt is None
     assert "NOT MEASURED" in found(report, "receipt").detail
@@ -177,7 +177,7 @@ def test_text_files(tmp_path):
 def test_damaged_history_is_an_error(moe, tmp_path):
     broken = mutant(moe, tmp_path / "m")
     (broken.path / "moe_compose.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a list of records"):
+    with pytest.raises(CheckpointError, match="must be a list of records"):
         validate(Checkpoint.open(broken.path))
 
 
@@ -193,3 +193,75 @@ def test_text_without_a_tokenizer_is_refused(moe, tmp_path):
     (tmp_path / "text.txt").write_text("Once upon a time")
     with pytest.raises(OptionError, match="no tokenizer that loads"):
         validate(moe, against=moe, data=tmp_path / "text.txt")
+
+
+def test_names_and_dtypes_that_torch_finds_odd(moe, tmp_path):
+    def odd(t):
+        t["a b.weight"] = torch.zeros(3, 3)
+        t["codes"] = torch.tensor([1, 2, 65535], dtype=torch.uint16)
+        t["flags"] = torch.tensor([True, False])
+
+    check = found(validate(mutant(moe, tmp_path / "m", tensors=odd)), "values")
+    assert check.problems == ("a b.weight is 0 throughout",)
+
+
+def test_pinned_tensors_keep_their_precision(tmp_path):
+    """GLM's correction bias stays fp32 in a bf16 checkpoint; rounded, it chooses other experts."""
+    dense = dense_llama(tmp_path / "dense", torch.bfloat16)
+    plan = upcycle(dense, UpcycleOptions(num_experts=4, top_k=2, target="glm4_moe"))
+    checkpoint = write(plan, tmp_path / "moe")
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    assert checkpoint.tensors[name].dtype == "F32"
+    assert found(validate(checkpoint), "dtypes").status == "pass"
+
+    def rounded(t):
+        t[name] = t[name].bfloat16()
+
+    check = found(validate(mutant(checkpoint, tmp_path / "m", tensors=rounded)), "dtypes")
+    assert check.status == "fail"
+
+
+def test_a_plan_is_validated_before_it_is_written(tmp_path):
+    dense = dense_llama(tmp_path)
+    plan = upcycle(dense, UpcycleOptions(num_experts=4, top_k=2))
+    report = validate(plan, against=dense)
+    assert report.ok
+    assert "NOT MEASURED" in found(report, "receipt").detail
+    preflight(plan)
+
+
+def test_a_source_with_tensors_missing_or_to_spare_is_refused_before_writing(tmp_path):
+    dense = dense_llama(tmp_path / "dense")
+
+    def change(t):
+        t["model.extra.weight"] = t.pop("model.norm.weight")
+
+    plan = upcycle(mutant(dense, tmp_path / "m", tensors=change), UpcycleOptions(num_experts=4))
+    with pytest.raises(PlanError) as caught:
+        preflight(plan)
+    assert "model.norm.weight is missing" in str(caught.value)
+    assert "model.extra.weight is unexpected" in str(caught.value)
+
+
+class Words:
+    """A tokenizer of one token a word."""
+
+    def __call__(self, text, truncation, max_length):
+        return {"input_ids": [1] * min(len(text.split()), max_length)}
+
+
+@pytest.mark.parametrize(("documents", "words"), [(5000, 300), (3, 4000), (40, 10)])
+def test_text_is_sampled_evenly_and_not_more_than_asked_for(tmp_path, documents, words):
+    path = tmp_path / "text.txt"
+    path.write_text("<|endoftext|>".join(["word " * words] * documents))
+    got = sequences(Words(), path, 1024, 256, 100)
+    assert got.tokens <= 1024 + 256
+    assert got.tokens >= min(1024, documents * words) * 0.25
+    assert min(x.numel() for x in got.ids) >= min(words, 60)
+
+
+def test_router_without_deviation_is_zero_on_purpose(tmp_path):
+    dense = dense_llama(tmp_path / "dense")
+    plan = upcycle(dense, UpcycleOptions(num_experts=4, top_k=2, router_std=0.0))
+    assert plan.constants() == ("model.layers.*.block_sparse_moe.gate.weight",)
+    assert validate(plan).ok

@@ -1,0 +1,57 @@
+"""`moe_compose.json`: what was done to a checkpoint, one record per operation, oldest first.
+
+Anybody may have written it, so it is read with care: bounded in size, and never trusted further
+than that it is a list of objects.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_compose.checkpoint.source import TensorSource
+from moe_compose.errors import CheckpointError
+
+HISTORY_NAME = "moe_compose.json"
+
+#: A document larger than this is not one of ours.
+MAX_BYTES = 16 << 20
+
+
+def read_history(source: TensorSource) -> list[dict[str, Any]]:
+    """The records beside a source, oldest first; empty where there is no `moe_compose.json`.
+
+    Raises:
+        CheckpointError: unreadable, or no list of records.
+    """
+    path = source.files.get(HISTORY_NAME)
+    if path is None:
+        return []
+    content = read_json(path, source.label)
+    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
+        raise CheckpointError(
+            f"{source.label}/{HISTORY_NAME} must be a list of records",
+            hint="Repair or remove the file.",
+        )
+    return content
+
+
+def read_json(path: Path, label: str) -> Any:
+    """A small JSON file of a checkpoint.
+
+    Args:
+        path: the file.
+        label: of its checkpoint, for errors.
+
+    Raises:
+        CheckpointError: missing, larger than `MAX_BYTES`, or no JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES} bytes")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"cannot read {label}/{path.name} ({error})", hint="Repair or remove the file."
+        ) from error
