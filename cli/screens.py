@@ -238,7 +238,7 @@ def _checks(checks: Sequence[Check]) -> RenderableType:
 
 
 def _receipt(receipt: Receipt) -> Iterator[RenderableType]:
-    what = f"against {receipt.against}, {receipt.text}, {receipt.tokens} tokens"
+    what = f"against {receipt.against}, {receipt.text}, {receipt.tokens} tokens; nats"
     yield title("step-0 receipt", what)
     rows = [
         (
@@ -253,10 +253,7 @@ def _receipt(receipt: Receipt) -> Iterator[RenderableType]:
         )
         for a in receipt.agreements
     ]
-    head = (
-        *("logits in", "max error", "relative", "median"),
-        *("KL (nats)", "top-1", "loss", "source's"),
-    )
+    head = ("logits", "max", "relative", "median", "KL", "top-1", "loss", "source")
     yield Padding(grid_of(head, rows, 1), (0, 0, 0, 2), expand=False)
     for a in receipt.agreements:
         if a.noise is not None:
