@@ -17,24 +17,7 @@ import moe_compose as mc
 from moe_compose.architectures import all_architectures
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
-from dense_models import dense_checkpoint
-
-#: What a source needs so that this target is the one with a home for it.
-VARIANTS = {
-    ("phi3", "glm4_moe"): {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 50000.0,
-            "partial_rotary_factor": 0.5,
-        },
-        "sliding_window": None,
-    },
-    ("qwen3", "mellum"): {
-        "use_sliding_window": True,
-        "sliding_window": 9,
-        "max_window_layers": 1,
-    },
-}
+from dense_models import VARIANTS, dense_checkpoint
 
 
 def measure(dense: str, target: str, method: str) -> mc.ValidationReport:

@@ -5,27 +5,10 @@ result exact, in fp32 and with weights rounded to bf16. pytest tests/e2e/test_ev
 """
 
 import pytest
-from dense_models import dense_checkpoint
+from dense_models import VARIANTS, dense_checkpoint
 
 import moe_compose as mc
 from moe_compose.architectures import all_architectures
-
-#: What a source needs for a target that is not the first choice of its family.
-VARIANTS = {
-    ("phi3", "glm4_moe"): {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 50000.0,
-            "partial_rotary_factor": 0.5,
-        },
-        "sliding_window": None,
-    },
-    ("qwen3", "mellum"): {
-        "use_sliding_window": True,
-        "sliding_window": 9,
-        "max_window_layers": 1,
-    },
-}
 
 PAIRS = [(t.dense, a) for a in all_architectures().values() for t in a.twins]
 CASES = [

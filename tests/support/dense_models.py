@@ -140,6 +140,24 @@ SILENT: dict[str, dict[str, Any]] = {
 }
 
 
+#: (dense, target) → what a source states so that this target is the one with a home for it.
+VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("phi3", "glm4_moe"): {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 50000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_window": None,
+    },
+    ("qwen3", "mellum"): {
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+}
+
+
 def dense_config(model_type: str, silent: bool = False, **changes: Any) -> PreTrainedConfig:
     """A small config of the family; `changes` are entries of their own."""
     entries = SILENT[model_type] if silent else {**USUAL, **STATED[model_type]}
