@@ -33,6 +33,7 @@ class Key:
         values: translates the stored value to the form's word for it.
         count_of: the entry is a list of words, one per layer, and how often this one occurs is
             meant; with `""`, how long the list is. A number is taken as it is.
+        most: no number beyond this is believed; it would only fill the memory.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Key:
     default: Any = REQUIRED
     values: Mapping[Any, Any] | None = None
     count_of: str | None = None
+    most: int = 1 << 30
 
     def get(self, config: Mapping[str, Any]) -> Any:
         """The entry's value in `config`.
@@ -73,8 +75,10 @@ class Key:
             CheckpointError: it is something else.
         """
         value = self.get(config)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise CheckpointError(f"config.json: {self.name} must be a whole number ({value!r})")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= self.most:
+            raise CheckpointError(
+                f"config.json: {self.name} must be a whole number up to {self.most} ({value!r})"
+            )
         return value
 
     def edit(self, config: dict[str, Any], value: Any) -> None:

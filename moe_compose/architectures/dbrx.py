@@ -24,6 +24,6 @@ DBRX = Architecture(
     ),
     embedding="transformer.wte.weight",
     hidden=Key(name="d_model"),
-    layers=Key(name="n_layers"),
+    layers=Key(name="n_layers", most=10_000),
     note="a null moe_normalize_expert_weights is read as 1; transformers would not normalise",
 )

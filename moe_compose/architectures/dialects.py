@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_compose.architectures.base import Key
 from moe_compose.architectures.family import Architecture
+from moe_compose.errors import CheckpointError
 
 #: Entries of `rope_parameters` that the old dialect keeps beside `rope_scaling`.
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
@@ -22,7 +23,13 @@ def state_facts(config: Mapping[str, Any], architecture: Architecture) -> dict[s
 
     Needed when a checkpoint changes family: the new class assumes other things. A fact that follows
     from other entries also replaces a null, which classes take to mean the same.
+
+    Raises:
+        CheckpointError: rope parameters that are no object.
     """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(name), Mapping | None):
+            raise CheckpointError(f"config.json: {name} must be an object ({config[name]!r})")
     stated = dict(config)
     for name, default in architecture.facts.items():
         if name in _BESIDE_SCALING and name in _scaling(config):

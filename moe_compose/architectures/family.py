@@ -91,7 +91,7 @@ class Architecture:
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     hidden: Key = Key(name="hidden_size")
-    layers: Key = Key(name="num_hidden_layers")
+    layers: Key = Key(name="num_hidden_layers", most=10_000)
     facts: Mapping[str, Any] = field(default_factory=dict)
     per_layer_rope: bool = False
     twins: tuple[Twin, ...] = ()
@@ -213,11 +213,17 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     return value
 
 
+#: Largest count or width of experts that is believed.
+_MOST = 1 << 20
+
+
 def _whole(key: Key, config: Mapping[str, Any]) -> int:
     """An int entry; a per-layer list of equal ints counts as one (HunYuan)."""
     value = key.get(config)
     if isinstance(value, Sequence) and not isinstance(value, str) and len(set(value)) == 1:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"config.json: {key.name} must be one whole number ({value!r})")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise CheckpointError(
+            f"config.json: {key.name} must be one whole number up to {_MOST} ({value!r})"
+        )
     return value

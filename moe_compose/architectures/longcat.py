@@ -37,7 +37,7 @@ LONGCAT_FLASH = Architecture(
         selection_bias=True,
     ),
     mtp=("model.mtp.",),
-    layers=Key(name="num_layers"),
+    layers=Key(name="num_layers", most=10_000),
     parts={
         "model.layers.{i}.mlps.1.gate_proj.weight": "dense FFN",
         "model.layers.{i}.mlps.1.up_proj.weight": "dense FFN",

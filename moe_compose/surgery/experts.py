@@ -70,15 +70,22 @@ def read_ffn(source: TensorSource, form: Architecture, layer: int, key: str = "d
     """The dense FFN of a layer, fused gate and up taken apart.
 
     Raises:
-        CheckpointError: a matrix is missing.
+        CheckpointError: a matrix is missing, or has not the size that the config states.
     """
     assert form.mlp is not None
     width = form.width.integer(source.config)
+    shapes = form.mlp.shapes(width, form.hidden.integer(source.config))
 
     def read(template: str) -> Transform:
         name = template.format(i=layer)
         if name not in source.tensors:
             raise CheckpointError(f"{source.label} has no {name}, which {form.model_type} requires")
+        found, stated = source.tensors[name].shape, shapes[template]
+        if found != stated:
+            raise CheckpointError(
+                f"{name} of {source.label} has shape {list(found)}, its config.json says "
+                f"{list(stated)} ({form.width.name} {width})"
+            )
         return Read(key, source.tensors[name])
 
     if form.mlp.gate_up:

@@ -8,7 +8,7 @@ from typing import Any
 from moe_compose.architectures import Architecture, Twin, all_architectures, find, targets_of
 from moe_compose.architectures.dialects import both_dialects, rope_per_layer_type, state_facts
 from moe_compose.architectures.refused import NO_TARGET, why_not
-from moe_compose.errors import UnsupportedError
+from moe_compose.errors import CheckpointError, UnsupportedError
 from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 
@@ -16,11 +16,14 @@ def dense_form(config: Mapping[str, Any]) -> Architecture:
     """The form of a dense checkpoint's family.
 
     Raises:
+        CheckpointError: the config names no family.
         UnsupportedError: an MoE already, quantised, or a family without an exact target.
     """
     form = find(config)
     form = form.of(config) if form is not None else None
-    model_type = str(config.get("model_type"))
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"config.json must name its family in model_type ({model_type!r})")
     if form is not None and form.is_moe:
         raise UnsupportedError(
             f"{model_type} is a mixture of experts already; upcycle starts from a dense model"

@@ -14,6 +14,9 @@ from moe_compose.errors import OptionError
 Method = Literal["copy", "granular", "shared", "noise", "drop", "shuffle"]
 RouterLaw = Literal["normal", "uniform", "zeros"]
 
+#: Experts a layer: an order of magnitude above the largest models there are.
+MOST_EXPERTS = 16_384
+
 #: Methods whose experts may be narrower than the dense FFN.
 FINER: tuple[Method, ...] = ("granular", "shared", "shuffle")
 
@@ -142,6 +145,8 @@ def _out_of_range(o: UpcycleOptions) -> Iterator[str]:
         yield f"method ({o.method}) must be one of {', '.join(METHODS)}"
     if not 1 <= o.top_k <= o.num_experts:
         yield f"top_k ({o.top_k}) must be between 1 and num_experts ({o.num_experts})"
+    if o.num_experts > MOST_EXPERTS:
+        yield f"num_experts ({o.num_experts}) must be at most {MOST_EXPERTS}"
     if o.granularity < 1:
         yield f"granularity ({o.granularity}) must be at least 1"
     if not 0 <= o.ratio <= 1:

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from dense import dense_llama
 from dense_models import dense_config
+from mutants import mutant
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from moe_compose.architectures import all_architectures
 from moe_compose.architectures.refused import NO_PAIR, NO_SOURCE, NO_TARGET
 from moe_compose.architectures.twin import Require
 from moe_compose.checkpoint.source import Extent, TensorInfo
-from moe_compose.errors import UnsupportedError
+from moe_compose.errors import CheckpointError, UnsupportedError
 from moe_compose.surgery.pairing import choose_target, dense_form, stated_config
 from moe_compose.surgery.upcycle import upcycle
 from moe_compose.surgery.upcycle_options import UpcycleOptions
@@ -201,3 +203,29 @@ def test_what_is_refused_is_known_and_not_also_allowed() -> None:
     assert not set(NO_PAIR) & pairs
     assert {d for d, _ in NO_PAIR} <= dense
     assert {m for _, m in NO_PAIR} <= set(forms)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be a whole number up to 10000"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers must be a whole number"),
+        ({"hidden_size": -1}, "hidden_size must be a whole number"),
+        ({"rope_parameters": "default"}, "rope_parameters must be an object"),
+        ({"rope_scaling": [4.0]}, "rope_scaling must be an object"),
+        ({"model_type": None}, "must name its family in model_type"),
+    ],
+)
+def test_nonsense_in_a_config(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """At once, and without filling the memory."""
+    source = dense_llama(tmp_path / "dense")
+    broken = mutant(source, tmp_path / "broken", config=lambda c: c.update(changes))
+    with pytest.raises(CheckpointError, match=says):
+        upcycle(broken, UpcycleOptions())
+
+
+def test_tensors_of_another_width_than_the_config_says(tmp_path: Path) -> None:
+    source = dense_llama(tmp_path / "dense")
+    wide = mutant(source, tmp_path / "m", config=lambda c: c.update(intermediate_size=96))
+    with pytest.raises(CheckpointError, match=r"shape \[64, 32\], its config.json says \[96, 32\]"):
+        upcycle(wide, UpcycleOptions())
