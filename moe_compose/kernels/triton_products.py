@@ -1,0 +1,215 @@
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+"""The two matrix products of the experts, over the rows that `triton_sort` put in order.
+
+`gate_up` gathers its rows by token and keeps z in registers: gate and up of the same columns are
+in one program, which applies the activation and stores h. `down` stores the experts' outputs
+unweighted, in slot order, and optionally each row's part of ‖f‖².
+
+Every layout is strides: the gate of column f is at `f · stride_f`, its up `up_offset` further on.
+Interleaved, the two are neighbours, and are read together.
+
+Accumulators and activations are fp32; h and y are rounded once. With `ROUND`, values are rounded
+to bf16 by hand and kept in fp32: that is how a bf16 layer runs in Triton's interpreter, whose bf16
+is wrong.
+
+Shape suffixes: P pairs = T·K, B tiles of rows, D model, F expert width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_bf16(x):
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = bits + 0x7FFF + ((bits >> 16) & 1)
+    return ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def nonlinear(z, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    if ACTIVATION == "silu":
+        return z * tl.sigmoid(z)
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2u)
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACTIVATION == "clamped_swiglu":
+        return z * tl.sigmoid(ALPHA * z)
+    else:
+        z = tl.maximum(z, 0.0)
+        if ACTIVATION == "relu2":
+            z = z * z
+        return z
+
+
+@triton.jit
+def tile_of_program(blocks, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Programs that run at the same time share rows of both operands."""
+    width = GROUP * COLUMNS
+    first = tl.program_id(0) // width * GROUP
+    within = tl.program_id(0) % width
+    size = min(blocks - first, GROUP)
+    return first + within % size, within // size
+
+
+@triton.jit
+def gate_up(
+    x_TD,
+    w_EPD,
+    bias_EP,
+    h_PF,
+    pair_of_P,
+    expert_B,
+    row_B,
+    end_B,
+    blocks,
+    stride_t,
+    stride_e,
+    stride_f,
+    stride_d,
+    up_offset,
+    bias_stride_f,
+    bias_up_offset,
+    bias_stride_e,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ROUND: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile, column = tile_of_program(blocks, (F + BN - 1) // BN, GROUP)
+    expert = tl.load(expert_B + tile).to(tl.int64)
+    if expert < 0:
+        return
+    row = tl.load(row_B + tile) + tl.arange(0, BM)
+    ours = row < tl.load(end_B + tile)
+    token = tl.load(pair_of_P + row, mask=ours, other=0) // TOP_K
+    f = column * BN + tl.arange(0, BN)
+    # Interleaved: both in one product, taken apart in registers.
+    WIDE: tl.constexpr = BN * 2 if INTERLEAVED else BN
+    C: tl.constexpr = F * 2 if INTERLEAVED else F
+    c = column * WIDE + tl.arange(0, WIDE)
+    stride_c = up_offset if INTERLEAVED else stride_f
+    d = tl.arange(0, BK)
+    x_ptrs = x_TD + token[:, None].to(tl.int64) * stride_t + d[None, :]
+    w_ptrs = w_EPD + expert * stride_e + c[None, :] * stride_c + d[:, None] * stride_d
+    z = tl.zeros((BM, WIDE), tl.float32)
+    up = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, D, BK):
+        if D % BK == 0:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=d[None, :] < D - start, other=0.0)
+        inside = (d[:, None] < D - start) & (c[None, :] < C)
+        if D % BK == 0 and F % BN == 0:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=inside, other=0.0)
+        z = tl.dot(x, w, z, input_precision="ieee")
+        if GATED and not INTERLEAVED:
+            if D % BK == 0 and F % BN == 0:
+                w = tl.load(w_ptrs + up_offset)
+            else:
+                w = tl.load(w_ptrs + up_offset, mask=inside, other=0.0)
+            up = tl.dot(x, w, up, input_precision="ieee")
+        x_ptrs += BK
+        w_ptrs += BK * stride_d
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(z, (BM, BN, 2)))
+    else:
+        gate = z
+    if BIAS:
+        bias_ptrs = bias_EP + expert * bias_stride_e + f * bias_stride_f
+        gate += tl.load(bias_ptrs, mask=f < F, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up_ptrs = bias_ptrs + bias_up_offset
+            up += tl.load(up_ptrs, mask=f < F, other=0.0).to(tl.float32)[None, :]
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    h = nonlinear(gate, ACTIVATION, ALPHA)
+    if ACTIVATION == "clamped_swiglu":
+        up += 1.0
+    if GATED:
+        h = h * up
+    if ROUND:
+        h = round_bf16(h)
+    h_ptrs = h_PF + row[:, None].to(tl.int64) * F + f[None, :]
+    tl.store(h_ptrs, h.to(h_PF.dtype.element_ty), mask=ours[:, None] & (f[None, :] < F))
+
+
+@triton.jit
+def down(
+    h_PF,
+    w_EDF,
+    bias_ED,
+    y_PD,
+    squares_NP,
+    expert_B,
+    row_B,
+    end_B,
+    blocks,
+    pairs,
+    stride_e,
+    stride_d,
+    stride_f,
+    bias_stride_e,
+    bias_stride_d,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BIAS: tl.constexpr,
+    SALIENCY: tl.constexpr,
+    ROUND: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile, column = tile_of_program(blocks, (D + BN - 1) // BN, GROUP)
+    expert = tl.load(expert_B + tile).to(tl.int64)
+    if expert < 0:
+        return
+    start_row = tl.load(row_B + tile)
+    end = tl.load(end_B + tile)
+    row = start_row + tl.arange(0, BM)
+    ours = row < end
+    d = column * BN + tl.arange(0, BN)
+    f = tl.arange(0, BK)
+    h_ptrs = h_PF + tl.minimum(row, end - 1)[:, None].to(tl.int64) * F + f[None, :]
+    w_ptrs = w_EDF + expert * stride_e + d[None, :] * stride_d + f[:, None] * stride_f
+    y = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, F, BK):
+        if F % BK == 0:
+            h = tl.load(h_ptrs)
+        else:
+            h = tl.load(h_ptrs, mask=f[None, :] < F - start, other=0.0)
+        if F % BK == 0 and D % BN == 0:
+            w = tl.load(w_ptrs)
+        else:
+            inside = (f[:, None] < F - start) & (d[None, :] < D)
+            w = tl.load(w_ptrs, mask=inside, other=0.0)
+        y = tl.dot(h, w, y, input_precision="ieee")
+        h_ptrs += BK
+        w_ptrs += BK * stride_f
+    if BIAS:
+        bias_ptrs = bias_ED + expert * bias_stride_e + d * bias_stride_d
+        y += tl.load(bias_ptrs, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if SALIENCY:  # columns past D are 0
+        squares_ptrs = squares_NP + column.to(tl.int64) * pairs + row
+        tl.store(squares_ptrs, tl.sum(y * y, 1), mask=ours)
+    if ROUND:
+        y = round_bf16(y)
+    y_ptrs = y_PD + row[:, None].to(tl.int64) * D + d[None, :]
+    tl.store(y_ptrs, y.to(y_PD.dtype.element_ty), mask=ours[:, None] & (d[None, :] < D))
