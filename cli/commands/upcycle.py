@@ -76,11 +76,11 @@ def upcycle(
     destination = publish.check_destination(plan, output, **where)
     out.show(plan_screen(plan, str(output)))
     report = None
+    if validate:
+        _preflight(plan)
     if dry_run:
         _say_room(destination)
     else:
-        if validate:
-            _preflight(plan)
         written = _write(plan, output, where)
         report = _validate(written, dense, plan, data, source) if validate else None
         _say_next(written, output, source, report)
@@ -157,15 +157,27 @@ def _say_next(
     written: Checkpoint, output: Path, source: str, report: ValidationReport | None
 ) -> None:
     """What to do with the result."""
+    if report is not None and not report.ok:
+        return
     if report is None:
         here, there = shlex.quote(str(output)), shlex.quote(source)
         out.hint(f"Not validated. Do that with:\n  moe-compose validate {here} --against {there}")
     if "tokenizer.json" in written.files or "tokenizer_config.json" in written.files:
         code = (
             f'from transformers import pipeline; p = pipeline("text-generation", '
-            f'{json.dumps(str(output))}); print(p("Once upon a time")[0]["generated_text"])'
+            f"{json.dumps(str(output))}{_loading(written)}); "
+            f'print(p("Once upon a time")[0]["generated_text"])'
         )
         out.hint(f"Generate text with:\n  python -c {shlex.quote(code)}")
+
+
+def _loading(written: Checkpoint) -> str:
+    """What transformers must be told to run widths that its default experts refuse."""
+    from moe_compose.validation.profile import needs_eager_experts
+
+    if not needs_eager_experts(written.config):
+        return ""
+    return ', model_kwargs={"experts_implementation": "eager"}'
 
 
 def _document(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ from moe_compose.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("moe_compose")
 
 _NOT_CARRIED = (
     *(".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".part", ".index.json"),
@@ -207,7 +210,9 @@ class Checkpoint:
 def _carried_files(folder: Path) -> dict[str, Path]:
     """What travels along with the weights: tokenizer, chat templates, card, licence, ...
 
-    Paths by name relative to the folder, sorted; without hidden files and weights of any kind.
+    Paths by name relative to the folder, sorted; without hidden files and weights of any kind, and
+    without links that lead out of the folder: a result is made to be shared, and must not take
+    along what a link in a stranger's folder points to.
     """
     names = set(LocalFiles.of(folder, folder.name).sizes) - {CONFIG_NAME, "validation.json"}
     templates = folder / TEMPLATE_FOLDER
@@ -216,8 +221,19 @@ def _carried_files(folder: Path) -> dict[str, Path]:
     return {
         name: folder / name
         for name in sorted(names)
-        if not name.rpartition("/")[2].startswith(".") and not name.lower().endswith(_NOT_CARRIED)
+        if not name.rpartition("/")[2].startswith(".")
+        and not name.lower().endswith(_NOT_CARRIED)
+        and _stays_inside(folder, folder / name)
     }
+
+
+def _stays_inside(folder: Path, path: Path) -> bool:
+    """Whether a file lies in the folder, or, in the Hub's cache, among the blobs beside it."""
+    target, home = path.resolve(), folder.resolve()
+    inside = target.is_relative_to(home) or target.parent == home.parent.parent / "blobs"
+    if not inside:
+        log.warning("%s is a link that leads out of the folder; it is left behind", path.name)
+    return inside
 
 
 def _hub_id(path_or_id: str | Path, folder: Path, revision: str | None) -> tuple[str, str | None]:

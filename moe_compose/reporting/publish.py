@@ -13,8 +13,9 @@ from moe_compose.checkpoint.copying import write_file
 from moe_compose.checkpoint.destination import Destination
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorSource
+from moe_compose.checkpoint.write_state import STATE_NAME
 from moe_compose.checkpoint.writer import SHARD_SIZE, Progress
-from moe_compose.errors import CheckpointError
+from moe_compose.errors import CheckpointError, WriteError
 from moe_compose.reporting import hashes
 from moe_compose.reporting.card import model_card, with_hashes
 from moe_compose.reporting.documents import (
@@ -24,9 +25,9 @@ from moe_compose.reporting.documents import (
     history_of,
     read_validation,
 )
-from moe_compose.reporting.hashes import Hashing, hashed_files
+from moe_compose.reporting.hashes import Hashing, hashed_files, recorded
 from moe_compose.reporting.receipt import renew
-from moe_compose.surgery.history import HISTORY_NAME, read_history
+from moe_compose.surgery.history import HISTORY_NAME, read_history, read_json
 from moe_compose.surgery.plan import Plan
 from moe_compose.validation.report import ValidationReport
 
@@ -66,6 +67,8 @@ def write(
         >>> moe = write(upcycle(dense, UpcycleOptions()), "out/")  # doctest: +SKIP
     """
     with Hashing(hashed_files(source)) as hashing:
+        if resume and isinstance(source, Plan):
+            _refuse_other_weights(Path(folder).expanduser(), source, hashing)
         written = writer.write(
             _without_documents(source),
             folder,
@@ -79,6 +82,27 @@ def write(
         if isinstance(source, Plan):
             _record_hashes(written, source, hashing)
     return written
+
+
+def _refuse_other_weights(folder: Path, plan: Plan, hashing: Hashing) -> None:
+    """A finished result of the same plan, but made from other weights, is not this write's.
+
+    Digests do not tell: two fine-tunes of one model have the same config and headers.
+
+    Raises:
+        WriteError: so it is.
+    """
+    path = folder / HISTORY_NAME
+    if not path.is_file() or (folder / STATE_NAME).exists():
+        return  # an unfinished write knows its sources by size and time
+    before = recorded(read_json(path, folder.name), plan)
+    now = hashing.result() if before else {}
+    changed = sorted(p.name for p, digest in before.items() if now.get(p, digest) != digest)
+    if changed:
+        raise WriteError(
+            f"{folder}/ was made from other weights ({', '.join(changed[:3])} differ)",
+            hint="Give another folder, or replace what is there with --overwrite.",
+        )
 
 
 def check_destination(

@@ -53,7 +53,7 @@ class Cast(Unary):
     def spec(self) -> Spec:
         s = self.x.spec
         if s.dtype not in FLOAT_DTYPES or self.dtype not in FLOAT_DTYPES:
-            raise PlanError(f"cannot convert values from {s.dtype} to {self.dtype}")
+            raise PlanError(f"cannot convert values from {s.dtype} to {self.dtype} ({self.x})")
         return Spec.of(self.dtype, s.shape)
 
     def apply(self, *values: torch.Tensor) -> torch.Tensor:

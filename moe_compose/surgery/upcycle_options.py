@@ -152,9 +152,9 @@ def _out_of_range(o: UpcycleOptions) -> Iterator[str]:
     if not 0 <= o.ratio <= 1:
         yield f"ratio ({o.ratio}) must be between 0 and 1"
     if not 0 <= o.noise_std < math.inf:
-        yield f"noise_std ({o.noise_std}) must not be negative"
+        yield f"noise_std ({o.noise_std}) must be a finite number, 0 or more"
     if o.router_std is not None and not 0 <= o.router_std < math.inf:
-        yield f"router_std ({o.router_std}) must not be negative"
+        yield f"router_std ({o.router_std}) must be a finite number, 0 or more"
     if o.router_init not in (None, *get_args(RouterLaw)):
         yield f"router_init ({o.router_init}) must be one of {', '.join(get_args(RouterLaw))}"
     if o.dtype is not None and output_dtype(o) is None:

@@ -44,6 +44,13 @@ def _dialects(config: Mapping[str, Any], form: Architecture | None) -> Iterator[
             "rope_theta stands only inside rope_parameters: transformers 4 and mlx-lm silently "
             "take their default"
         )
+    rope = config.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+    if None not in (theta, config.get("rope_theta")) and theta != config["rope_theta"]:
+        yield (
+            f"rope_theta is {config['rope_theta']:g} beside {theta:g} in rope_parameters: "
+            "transformers 4 and mlx-lm silently take the first, transformers 5 the second"
+        )
     if not config.get("torch_dtype") and config.get("dtype"):
         yield "torch_dtype is missing beside dtype: transformers 4 loads in float32"
     if form is not None and form.is_moe:
@@ -77,9 +84,23 @@ def _family(config: Mapping[str, Any], form: Architecture) -> Iterator[str]:
         yield f"some layers are dense: {form.sparse_only}"
 
 
+def needs_eager_experts(config: Mapping[str, Any]) -> bool:
+    """Whether transformers' default experts refuse the stated dtype: rows must fill 16 bytes."""
+    form = find(config)
+    if form is None or not form.is_moe:
+        return False
+    size = 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
+    return form.moe(config).expert_width * size % 16 != 0
+
+
 def _shapes(config: Mapping[str, Any], form: Architecture) -> Iterator[str]:
     moe = form.moe(config)
-    if moe.expert_width % 8:
+    if needs_eager_experts(config):
+        yield (
+            f"expert width {moe.expert_width} does not fill 16 bytes in this dtype: transformers "
+            'runs it only with experts_implementation="eager", and vLLM\'s kernels refuse it'
+        )
+    elif moe.expert_width % 8:
         yield (
             f"expert width {moe.expert_width} is no multiple of 8: transformers' grouped_mm and "
             "vLLM's kernels refuse it in bf16"

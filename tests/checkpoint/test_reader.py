@@ -530,3 +530,17 @@ def test_real_checkpoints(name: str) -> None:
     assert all(same_bytes(checkpoint.read(n), tensor) for n, tensor in expected.items())
     assert checkpoint.config == json.loads((MODELS / name / "config.json").read_text())
     assert {"tokenizer.json", "tokenizer_config.json"} <= set(checkpoint.files)
+
+
+def test_links_that_lead_out_of_the_folder_are_left_behind(tmp_path):
+    """What a link in a stranger's folder points to must not end up in a result that is shared."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    save_file({"x": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "notes.txt").symlink_to(secret)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "alias.json").symlink_to("tokenizer.json")
+    assert set(Checkpoint.open(folder).files) == {"tokenizer.json", "alias.json"}

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense import dense_llama
 from hand_made import Make, plan_of
+from mutants import mutant
 
 import moe_compose as mc
 from moe_compose.reporting import hashes
@@ -93,14 +95,11 @@ def test_resume_keeps_what_was_measured_and_added(make: Make, tmp_path: Path) ->
     assert "1 pass" in text and text.endswith("added by hand\n")
 
 
-def test_a_finished_write_is_not_hashed_again(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_a_finished_write_changes_nothing(make: Make, tmp_path: Path) -> None:
     plan, out = plan_of(make()), tmp_path / "out"
     written = mc.write(plan, out)
     times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    monkeypatch.setattr(Hashing, "result", lambda _: pytest.fail("hashed again"))
-    mc.write(plan, out, resume=True)
+    mc.write(plan, out, resume=True)  # hashes the source, to know it again, and changes nothing
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
     mc.record_validation(written, plan, PASSES)
     assert sources(out)[0]["files"]["model.safetensors"] in (out / "README.md").read_text()
@@ -189,3 +188,18 @@ def test_a_write_that_is_refused_leaves_no_thread(make: Make, tmp_path: Path) ->
     with pytest.raises(mc.WriteError, match="not empty"):
         mc.write(plan, tmp_path / "out")
     assert threading.active_count() == before
+
+
+def test_a_finished_result_of_other_weights_is_not_resumed(tmp_path: Path) -> None:
+    """Two fine-tunes have one config and equal headers, so equal digests; their weights differ."""
+    one = dense_llama(tmp_path / "one")
+    two = mutant(one, tmp_path / "two", tensors=lambda t: t["model.norm.weight"].mul_(2))
+    options = mc.UpcycleOptions(num_experts=4)
+    first, second = mc.upcycle(one, options), mc.upcycle(two, options)
+    assert first.digest() == second.digest()
+    mc.write(first, tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    with pytest.raises(mc.WriteError, match="made from other weights"):
+        mc.write(second, tmp_path / "out", resume=True)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
+    mc.write(first, tmp_path / "out", resume=True)

@@ -265,3 +265,15 @@ def test_router_without_deviation_is_zero_on_purpose(tmp_path):
     plan = upcycle(dense, UpcycleOptions(num_experts=4, top_k=2, router_std=0.0))
     assert plan.constants() == ("model.layers.*.block_sparse_moe.gate.weight",)
     assert validate(plan).ok
+
+
+def test_dialects_of_rope_that_contradict_each_other(moe, tmp_path):
+    report = validate(mutant(moe, tmp_path / "m", config=edit(rope_theta=123.0)))
+    assert any("rope_theta is 123" in c.detail for c in report.checks)
+
+
+def test_widths_that_default_experts_refuse_are_said(moe, tmp_path):
+    odd = dense_llama(tmp_path / "dense", torch.bfloat16, intermediate_size=44)
+    plan = upcycle(odd, UpcycleOptions(num_experts=4, top_k=2))
+    assert any('experts_implementation="eager"' in c.detail for c in validate(plan).checks)
+    assert not any("eager" in c.detail for c in validate(moe).checks)
