@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         OptionError,
         PlanError,
         UnsupportedError,
-        ValidationError,
         WriteError,
     )
     from moe_compose.reporting.card import model_card
@@ -56,7 +55,6 @@ _HOME = {
     "UnsupportedError": "errors",
     "PlanError": "errors",
     "WriteError": "errors",
-    "ValidationError": "errors",
 }
 
 __all__ = [  # noqa: RUF022 - reading order
@@ -77,7 +75,6 @@ __all__ = [  # noqa: RUF022 - reading order
     "UnsupportedError",
     "PlanError",
     "WriteError",
-    "ValidationError",
     "__version__",
 ]
 

@@ -19,8 +19,7 @@ class MoeComposeError(Exception):
         hint: what to do next.
 
     Attributes:
-        exit_code: what the command line exits with (1 failed while running, 2 wrong usage, 3
-    written but not valid).
+        exit_code: what the command line exits with (1 failed while running, 2 wrong usage).
     """
 
     exit_code = 1
@@ -60,9 +59,3 @@ class PlanError(MoeComposeError):
 
 class WriteError(MoeComposeError):
     """The output could not be written: not empty, not writable, no space, another plan's shards."""
-
-
-class ValidationError(MoeComposeError):
-    """A written checkpoint that does not do what its plan states."""
-
-    exit_code = 3

@@ -1,9 +1,9 @@
 """Randomness with an address: every draw has its own generator, seeded from (seed, name).
 
 No draw depends on any other, so tensors can be made in any order, on any number of threads, twice,
-or after a kill, and come out the same. NumPy's PCG64 rather than torch's generator: its normal
-variates come from one scalar algorithm on every CPU, while torch's depend on which vector
-instructions the machine has.
+or after a kill, and come out the same. NumPy's PCG64 rather than torch's generator, which fills
+normal variates differently with and without vector instructions. NumPy may change a stream between
+versions; a test pins ours.
 """
 
 from __future__ import annotations

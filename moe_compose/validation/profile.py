@@ -2,8 +2,8 @@
 when it is missing.
 
 General rules stand here; what concerns one family is data on its form (`Architecture.portable`).
-Nothing here is about transformers, which is the reference. Measured against vLLM 0.32, llama.cpp,
-mlx-lm 0.32 and transformers 4.57 on tiny checkpoints; SGLang's rules are read from its sources.
+transformers 5 is the reference. The rules come from notes on vLLM 0.32, llama.cpp, mlx-lm 0.32,
+transformers 4.57 and SGLang; of these this project's own tests run mlx-lm only.
 """
 
 from __future__ import annotations
