@@ -17,7 +17,7 @@ LEVELS = [
     {"errors", "version"},
     {"checkpoint", "architectures"},
     {"routing", "surgery"},
-    {"kernels"},
+    {"kernels", "runtime"},
     {"validation"},
     {"reporting"},
     {""},
@@ -26,7 +26,7 @@ LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Heavy packages, and the rooms that may import them at module level.
 HEAVY = {
-    "torch": {"routing", "kernels"},
+    "torch": {"routing", "kernels", "runtime"},
     "transformers": set(),
     "numpy": set(),
     "triton": {"kernels"},
