@@ -21,6 +21,7 @@ from moe_compose.version import __version__
 
 from .commands.inspect import inspect
 from .commands.ls import ls
+from .commands.tune import tune
 from .commands.upcycle import upcycle
 from .commands.validate import validate
 from .output import LogHandler, out
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, upcycle, validate, ls):
+for command in (inspect, upcycle, validate, tune, ls):
     app.command()(command)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moe_compose.version import __version__
 
 if TYPE_CHECKING:
+    from moe_compose import kernels as kernels
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.errors import (
         CheckpointError,
@@ -57,6 +58,9 @@ _HOME = {
     "WriteError": "errors",
 }
 
+#: Subpackages that are used by name: `mc.kernels.moe_forward(...)`.
+_ROOMS = ("kernels",)
+
 __all__ = [  # noqa: RUF022 - reading order
     "Checkpoint",
     "inspect",
@@ -80,6 +84,8 @@ __all__ = [  # noqa: RUF022 - reading order
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
@@ -88,4 +94,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -119,8 +119,8 @@ def route(
         tensor([[0.7311, 0.2689]])
     """
     problems = [
-        *_size_problems(logits_TE, routing, top_k),
-        *_tensor_problems(logits_TE, routing, top_k, correction_bias_E, expert_scale_E, chosen_TK),
+        *size_problems(logits_TE, routing, top_k),
+        *tensor_problems(logits_TE, routing, top_k, correction_bias_E, expert_scale_E, chosen_TK),
     ]
     if problems:
         shape = list(logits_TE.shape)
@@ -232,7 +232,7 @@ def _sparsemixer(logits_TE: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     return torch.cat(weights, -1), torch.cat(experts, -1)
 
 
-def _size_problems(logits_TE: Tensor, routing: Routing, top_k: int) -> Iterator[str]:
+def size_problems(logits_TE: Tensor, routing: Routing, top_k: int) -> Iterator[str]:
     """Counts that don't fit one another, in words."""
     if logits_TE.dim() != 2:
         yield "logits must be [tokens, experts]: flatten batch and sequence first"
@@ -260,7 +260,7 @@ def _size_problems(logits_TE: Tensor, routing: Routing, top_k: int) -> Iterator[
         yield f"a group's worth is the sum of its best 2, and groups have {size}: use fewer groups"
 
 
-def _tensor_problems(
+def tensor_problems(
     logits_TE: Tensor,
     routing: Routing,
     top_k: int,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compose.errors import MoeComposeError, OptionError, UnsupportedError
-from moe_compose.kernels.choice import Implementation, choose, moe_forward
+from moe_compose.errors import OptionError, UnsupportedError
+from moe_compose.kernels.choice import Implementation, moe_forward
 from moe_compose.kernels.layout import ACTIVATIONS, ExpertLayout, ExpertWeights
 from moe_compose.kernels.reference import activate
 
@@ -34,8 +34,8 @@ _ALPHAS = ("alpha", "swiglu_alpha")
 def register(*, implementation: Implementation = "auto") -> str:
     """Make the kernels known to transformers as `"moe_compose_triton"`.
 
-    A layer that the kernels cannot run goes to transformers' `grouped_mm`, and the reason is logged
-    once; with `implementation="triton"` it is an error.
+    A layer that none of our layouts describes goes to transformers' `grouped_mm`, and the reason is
+    logged once; if an implementation was asked for it is an error.
 
     Args:
         implementation: as in `moe_forward`.
@@ -60,12 +60,9 @@ def _experts_forward(
     top_k_weights: Tensor,
 ) -> Tensor:
     try:
-        layout, weights = layout_of(module), weights_of(module)
-        choice = choose(hidden_states, weights, top_k_weights, implementation=implementation)
-        if implementation == "auto" and choice.implementation == "eager":
-            raise OptionError(choice.reason)
-    except MoeComposeError as e:
-        if implementation == "triton":
+        layout = layout_of(module)
+    except UnsupportedError as e:
+        if implementation != "auto":
             raise
         _say(type(module).__name__, e.message)
         from transformers.integrations.moe import grouped_mm_experts_forward
@@ -73,7 +70,12 @@ def _experts_forward(
         y_TD: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return y_TD
     return moe_forward(
-        hidden_states, weights, layout, top_k_index, top_k_weights, implementation=implementation
+        hidden_states,
+        weights_of(module),
+        layout,
+        top_k_index,
+        top_k_weights,
+        implementation=implementation,
     )
 
 

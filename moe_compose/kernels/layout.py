@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from moe_compose.errors import OptionError
+from moe_compose.kernels.lora import ExpertLora
 from moe_compose.kernels.saliency import Saliency
 
 #: `relu2` is relu squared (Nemotron-H); `clamped_swiglu` is gpt-oss's (2508.10925):
@@ -108,13 +109,14 @@ def check(
     experts_TK: Tensor,
     weights_TK: Tensor,
     saliency: Saliency | None = None,
+    lora: ExpertLora | None = None,
 ) -> None:
     """Whether all shapes fit one another.
 
     Raises:
         OptionError: all that do not, at once.
     """
-    problems = list(_problems(x_TD, weights, layout, experts_TK, weights_TK))
+    problems = list(_problems(x_TD, weights, layout, experts_TK, weights_TK, lora))
     if saliency is not None:
         table = saliency.table_6E
         if table.shape != (6, weights.experts) or table.device != x_TD.device:
@@ -125,7 +127,12 @@ def check(
 
 
 def _problems(
-    x_TD: Tensor, weights: ExpertWeights, layout: ExpertLayout, ids: Tensor, gates: Tensor
+    x_TD: Tensor,
+    weights: ExpertWeights,
+    layout: ExpertLayout,
+    ids: Tensor,
+    gates: Tensor,
+    lora: ExpertLora | None,
 ) -> Iterator[str]:
     if weights.down.dim() != 3:
         yield f"down must have 3 dimensions (got {list(weights.down.shape)})"
@@ -149,5 +156,8 @@ def _problems(
         yield f"experts and weights must both be [{x_TD.shape[0]}, k] (got {got})"
     if len({t.dtype for t in weights.tensors}) > 1:
         yield "all expert tensors must have one dtype"
-    if len({t.device for t in (x_TD, ids, gates, *weights.tensors)}) > 1:
+    added = () if lora is None else lora.tensors
+    if lora is not None:
+        yield from lora.problems(experts, model, fused, width)
+    if len({t.device for t in (x_TD, ids, gates, *weights.tensors, *added)}) > 1:
         yield "all tensors must be on one device"

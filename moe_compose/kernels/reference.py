@@ -17,7 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_compose.kernels.layout import ExpertLayout, ExpertWeights, check
+from moe_compose.kernels.lora import ExpertLora
 from moe_compose.kernels.saliency import Saliency
+
+#: Rows of an expert that `moe_saliency` holds the outputs of at a time.
+_ROWS = 1024
 
 
 def moe_forward(
@@ -29,6 +33,7 @@ def moe_forward(
     *,
     dtype: torch.dtype | None = None,
     saliency: Saliency | None = None,
+    lora: ExpertLora | None = None,
 ) -> Tensor:
     """`y_t = Σ_j g_tj · f_{e_tj}(x_t)`.
 
@@ -40,6 +45,7 @@ def moe_forward(
         weights_TK: g.
         dtype: what is computed in, and returned; that of `x_TD` if not given.
         saliency: sums to add this call's pairs to.
+        lora: low-rank additions to the experts.
 
     Returns:
         `[T, D]`.
@@ -47,7 +53,7 @@ def moe_forward(
     Raises:
         OptionError: shapes that don't fit.
     """
-    check(x_TD, weights, layout, experts_TK, weights_TK, saliency)
+    check(x_TD, weights, layout, experts_TK, weights_TK, saliency, lora)
     dtype = dtype or x_TD.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x_TD, weights_TK = x_TD.to(dtype), weights_TK.to(wide)
@@ -56,7 +62,7 @@ def moe_forward(
         token_N, slot_N = torch.where(experts_TK == e)
         if not len(token_N):
             continue
-        f_ND = expert_forward(x_TD[token_N], weights, layout, e)
+        f_ND = expert_forward(x_TD[token_N], weights, layout, e, lora)
         g_N = weights_TK[token_N, slot_N]
         y_TD = y_TD.index_add(0, token_N, g_N[:, None] * f_ND.to(wide))
         if saliency is not None:
@@ -64,12 +70,50 @@ def moe_forward(
     return y_TD.to(dtype)
 
 
+@torch.no_grad()
+def moe_saliency(
+    x_TD: Tensor,
+    weights: ExpertWeights,
+    layout: ExpertLayout,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    saliency: Saliency,
+    *,
+    dtype: torch.dtype | None = None,
+    lora: ExpertLora | None = None,
+) -> None:
+    """The saliency of a `moe_forward` whose output nobody wants, a few rows at a time.
+
+    Arguments are those of `moe_forward`.
+
+    Raises:
+        OptionError: shapes that don't fit.
+    """
+    check(x_TD, weights, layout, experts_TK, weights_TK, saliency, lora)
+    for e in range(weights.experts):
+        token_N, slot_N = torch.where(experts_TK == e)
+        for start in range(0, len(token_N), _ROWS):
+            tokens, slots = token_N[start : start + _ROWS], slot_N[start : start + _ROWS]
+            f_ND = expert_forward(x_TD[tokens].to(dtype or x_TD.dtype), weights, layout, e, lora)
+            saliency.add(e, weights_TK[tokens, slots], f_ND)
+
+
 def expert_forward(
-    x_ND: Tensor, weights: ExpertWeights, layout: ExpertLayout, expert: int
+    x_ND: Tensor,
+    weights: ExpertWeights,
+    layout: ExpertLayout,
+    expert: int,
+    lora: ExpertLora | None = None,
 ) -> Tensor:
     """One expert on its tokens, before the router's weight; `[N, D]`."""
     z_NP = _linear(x_ND, weights.gate_up, weights.gate_up_bias, expert, layout)
-    return _linear(activate(z_NP, layout), weights.down, weights.down_bias, expert, layout)
+    if lora is not None:
+        z_NP = z_NP + _low_rank(x_ND, lora.gate_up_a, lora.gate_up_b, expert, lora.scale)
+    h_NF = activate(z_NP, layout)
+    y_ND = _linear(h_NF, weights.down, weights.down_bias, expert, layout)
+    if lora is not None:
+        y_ND = y_ND + _low_rank(h_NF, lora.down_a, lora.down_b, expert, lora.scale)
+    return y_ND
 
 
 def activate(z_NP: Tensor, layout: ExpertLayout) -> Tensor:
@@ -110,3 +154,13 @@ def _linear(
     matrix = weight[expert].to(x.dtype)
     offset = None if bias is None else bias[expert].to(x.dtype)
     return functional.linear(x, matrix.T if layout.transposed else matrix, offset)
+
+
+def _low_rank(
+    x: Tensor, a: Tensor | None, b: Tensor | None, expert: int, scale: float
+) -> Tensor | float:
+    """`s · B A x`; 0 where there is none."""
+    if a is None or b is None:
+        return 0.0
+    u = functional.linear(x, a[expert].to(x.dtype))
+    return functional.linear(scale * u, b[expert].to(x.dtype))

@@ -12,7 +12,12 @@ Accumulators and activations are fp32; h and y are rounded once. With `ROUND`, v
 to bf16 by hand and kept in fp32: that is how a bf16 layer runs in Triton's interpreter, whose bf16
 is wrong.
 
-Shape suffixes: P pairs = T·K, B tiles of rows, D model, F expert width.
+Both take a low-rank addition: u_PR times a matrix of `RANK` columns per expert (LoRA). `gate_up`
+can also store z, for the backward. `down` multiplies rows in slot order by any matrix per expert;
+the backward uses it for the gradient of x.
+
+Shape suffixes: P pairs = T·K, B tiles of rows, D model, F expert width, R rank; the P of W_1, b_1
+and the second of z is 2F if gated, F otherwise.
 """
 
 from __future__ import annotations
@@ -20,29 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def round_bf16(x):
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = bits + 0x7FFF + ((bits >> 16) & 1)
-    return ((bits >> 16) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def nonlinear(z, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
-    if ACTIVATION == "silu":
-        return z * tl.sigmoid(z)
-    elif ACTIVATION == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2u)
-        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    elif ACTIVATION == "clamped_swiglu":
-        return z * tl.sigmoid(ALPHA * z)
-    else:
-        z = tl.maximum(z, 0.0)
-        if ACTIVATION == "relu2":
-            z = z * z
-        return z
+from moe_compose.kernels.triton_pieces import add_low_rank, nonlinear, round_bf16, store_z
 
 
 @triton.jit
@@ -60,7 +43,10 @@ def gate_up(
     x_TD,
     w_EPD,
     bias_EP,
+    u_PR,
+    b_EPR,
     h_PF,
+    z_PP,
     pair_of_P,
     expert_B,
     row_B,
@@ -74,6 +60,10 @@ def gate_up(
     bias_stride_f,
     bias_up_offset,
     bias_stride_e,
+    lora_stride_e,
+    lora_stride_f,
+    lora_up_offset,
+    lora_stride_r,
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -83,6 +73,10 @@ def gate_up(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    RANK: tl.constexpr,
+    BR: tl.constexpr,
+    SAVE_H: tl.constexpr,
+    SAVE_Z: tl.constexpr,
     ROUND: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -126,28 +120,39 @@ def gate_up(
             up = tl.dot(x, w, up, input_precision="ieee")
         x_ptrs += BK
         w_ptrs += BK * stride_d
+    if RANK > 0:
+        lora_stride_c = lora_up_offset if INTERLEAVED else lora_stride_f
+        b_ptrs = b_EPR + expert * lora_stride_e + c * lora_stride_c
+        z = add_low_rank(z, u_PR, row, ours, b_ptrs, c < C, lora_stride_r, RANK, BR)
+        if GATED and not INTERLEAVED:
+            b_ptrs += lora_up_offset
+            up = add_low_rank(up, u_PR, row, ours, b_ptrs, c < C, lora_stride_r, RANK, BR)
+    if BIAS:  # before they are taken apart: half the registers
+        bias_stride_c = bias_up_offset if INTERLEAVED else bias_stride_f
+        bias_ptrs = bias_EP + expert * bias_stride_e + c * bias_stride_c
+        z += tl.load(bias_ptrs, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        if GATED and not INTERLEAVED:
+            bias_ptrs += bias_up_offset
+            up += tl.load(bias_ptrs, mask=c < C, other=0.0).to(tl.float32)[None, :]
     if INTERLEAVED:
         gate, up = tl.split(tl.reshape(z, (BM, BN, 2)))
     else:
         gate = z
-    if BIAS:
-        bias_ptrs = bias_EP + expert * bias_stride_e + f * bias_stride_f
-        gate += tl.load(bias_ptrs, mask=f < F, other=0.0).to(tl.float32)[None, :]
+    if SAVE_Z:
+        store_z(z_PP, gate, up, row, ours, column, F, GATED, INTERLEAVED, ROUND, BN)
+    if SAVE_H:
+        if LIMIT is not None:
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        h = nonlinear(gate, ACTIVATION, ALPHA)
+        if ACTIVATION == "clamped_swiglu":
+            up += 1.0
         if GATED:
-            up_ptrs = bias_ptrs + bias_up_offset
-            up += tl.load(up_ptrs, mask=f < F, other=0.0).to(tl.float32)[None, :]
-    if LIMIT is not None:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    h = nonlinear(gate, ACTIVATION, ALPHA)
-    if ACTIVATION == "clamped_swiglu":
-        up += 1.0
-    if GATED:
-        h = h * up
-    if ROUND:
-        h = round_bf16(h)
-    h_ptrs = h_PF + row[:, None].to(tl.int64) * F + f[None, :]
-    tl.store(h_ptrs, h.to(h_PF.dtype.element_ty), mask=ours[:, None] & (f[None, :] < F))
+            h = h * up
+        if ROUND:
+            h = round_bf16(h)
+        h_ptrs = h_PF + row[:, None].to(tl.int64) * F + f[None, :]
+        tl.store(h_ptrs, h.to(h_PF.dtype.element_ty), mask=ours[:, None] & (f[None, :] < F))
 
 
 @triton.jit
@@ -155,6 +160,8 @@ def down(
     h_PF,
     w_EDF,
     bias_ED,
+    v_PR,
+    b_EDR,
     y_PD,
     squares_NP,
     expert_B,
@@ -167,10 +174,16 @@ def down(
     stride_f,
     bias_stride_e,
     bias_stride_d,
+    lora_stride_e,
+    lora_stride_d,
+    lora_stride_r,
     D: tl.constexpr,
     F: tl.constexpr,
     BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    BR: tl.constexpr,
     SALIENCY: tl.constexpr,
+    SAVE_Y: tl.constexpr,
     ROUND: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -203,13 +216,17 @@ def down(
         y = tl.dot(h, w, y, input_precision="ieee")
         h_ptrs += BK
         w_ptrs += BK * stride_f
+    if RANK > 0:
+        b_ptrs = b_EDR + expert * lora_stride_e + d * lora_stride_d
+        y = add_low_rank(y, v_PR, row, ours, b_ptrs, d < D, lora_stride_r, RANK, BR)
     if BIAS:
         bias_ptrs = bias_ED + expert * bias_stride_e + d * bias_stride_d
         y += tl.load(bias_ptrs, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if SALIENCY:  # columns past D are 0
         squares_ptrs = squares_NP + column.to(tl.int64) * pairs + row
         tl.store(squares_ptrs, tl.sum(y * y, 1), mask=ours)
-    if ROUND:
-        y = round_bf16(y)
-    y_ptrs = y_PD + row[:, None].to(tl.int64) * D + d[None, :]
-    tl.store(y_ptrs, y.to(y_PD.dtype.element_ty), mask=ours[:, None] & (d[None, :] < D))
+    if SAVE_Y:
+        if ROUND:
+            y = round_bf16(y)
+        y_ptrs = y_PD + row[:, None].to(tl.int64) * D + d[None, :]
+        tl.store(y_ptrs, y.to(y_PD.dtype.element_ty), mask=ours[:, None] & (d[None, :] < D))

@@ -6,10 +6,6 @@ One process runs the whole matrix (`interpreter_matrix.py`): every layout, every
 sizes, 1 to 130 experts, k from 1 to all, empty experts, a hot one, dropped ids, one token and none.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,23 +14,6 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("interpreter_matrix.py")
 FP32 = 2e-6
-
-
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory) -> dict[str, dict]:
-    path = tmp_path_factory.mktemp("kernels") / "errors.json"
-    support = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1] / "support")]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(support),
-    }
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(path.read_text())
 
 
 def test_fp32_agrees_with_fp64(matrix):
