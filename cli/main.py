@@ -19,8 +19,11 @@ from typer.main import get_command
 from moe_compose.errors import MoeComposeError
 from moe_compose.version import __version__
 
+from .commands.calibrate import calibrate
+from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.ls import ls
+from .commands.plot import plot
 from .commands.tune import tune
 from .commands.upcycle import upcycle
 from .commands.validate import validate
@@ -35,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, upcycle, validate, tune, ls):
+for command in (inspect, upcycle, calibrate, validate, evaluate, tune, plot, ls):
     app.command()(command)
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["human", "json", "quiet"]
 
+#: Told how much is done, and how much there is.
+Count = Callable[[int, int], None]
+
 #: Seconds between two lines of progress where there is no terminal.
 LINE_SECONDS = 10.0
 
@@ -130,14 +133,20 @@ class Output:
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[[Progress], None] | None]:
         """Progress of a write in bytes, with rate and time left; None with `--quiet`."""
+        with self.counting(what) as count:
+            yield count and (lambda p: count(p.bytes_done, p.bytes_total))
+
+    @contextmanager
+    def counting(self, what: str, unit: str = "bytes") -> Iterator[Count | None]:
+        """Progress in `bytes`, `tokens`, ..., with rate and time left; None with `--quiet`."""
         console = self._console(stderr=True)
         if self.mode == "quiet":
             yield None
         elif console.is_terminal:
-            with _bar(console, what) as report:
+            with _bar(console, what, unit) as report:
                 yield report
         else:
-            yield _lines(console, what)
+            yield _lines(console, what, unit)
 
     def _console(self, *, stderr: bool = False) -> Console:
         from rich.console import Console
@@ -146,44 +155,49 @@ class Output:
 
 
 @contextmanager
-def _bar(console: Console, what: str) -> Iterator[Callable[[Progress], None]]:
+def _bar(console: Console, what: str, unit: str) -> Iterator[Count]:
     from rich import progress as rich
 
+    in_bytes = (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
+    counted = (rich.MofNCompleteColumn(), rich.TextColumn(unit, markup=False))
     columns = (
         rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(bar_width=None),
         rich.TextColumn("{task.percentage:>3.0f}%", markup=False),
-        rich.DownloadColumn(binary_units=True),
-        rich.TransferSpeedColumn(),
+        *(in_bytes if unit == "bytes" else counted),
         rich.TimeRemainingColumn(),
     )
     with rich.Progress(*columns, console=console) as bar:
         task = bar.add_task(visible(what), total=None)
-        yield lambda p: bar.update(task, completed=p.bytes_done, total=p.bytes_total)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _lines(console: Console, what: str) -> Callable[[Progress], None]:
+def _lines(console: Console, what: str, unit: str) -> Count:
     """A line every ten seconds, and one at the end."""
     from moe_compose.reporting.units import bytes_text
+
+    def text(n: int) -> str:
+        return bytes_text(n) if unit == "bytes" else f"{n:,} {unit}"
 
     begun = last = time.monotonic()
     first: int | None = None
 
-    def report(p: Progress) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal first, last
         now = time.monotonic()
-        first = p.bytes_done if first is None else first  # what an earlier write left
-        finished = p.bytes_done >= p.bytes_total
+        first = done if first is None else first  # what an earlier run left
+        finished = done >= total
         if not finished and now - last < LINE_SECONDS:
             return
         last = now
-        rate = (p.bytes_done - first) / max(now - begun, 1e-3)
-        left = f", {(p.bytes_total - p.bytes_done) / rate:.0f} s left" if rate else ""
-        speed = f", {bytes_text(round(rate))}/s" if rate else ""
-        share = p.bytes_done / p.bytes_total if p.bytes_total else 1
-        done = f"{bytes_text(p.bytes_done)} of {bytes_text(p.bytes_total)} ({share:.0%})"
+        rate = (done - first) / max(now - begun, 1e-3) if done > first else 0.0
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        speed = f", {text(round(rate))}/s" if rate else ""
+        share = done / total if total else 1
         rest = "" if finished else left
-        console.print(f"{visible(what)}: {done}{speed}{rest}", soft_wrap=True)
+        begin = text(done) if unit == "bytes" else f"{done:,}"
+        line = f"{visible(what)}: {begin} of {text(total)} ({share:.0%}){speed}{rest}"
+        console.print(line, soft_wrap=True)
 
     return report
 

@@ -186,3 +186,23 @@ Data = Annotated[
         rich_help_panel=_FILES,
     ),
 ]
+Domains = Annotated[
+    list[str],
+    typer.Option(
+        "--domain",
+        metavar="NAME=FILE",
+        help="Text of one domain; again for more files, and for more domains.",
+        show_default=False,
+        rich_help_panel=_FILES,
+    ),
+]
+Texts = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Text of no particular domain; again for more files.",
+        show_default=False,
+        rich_help_panel=_FILES,
+    ),
+]

@@ -215,8 +215,12 @@ def _files_table(found: Inspection) -> Table:
 
 
 def report_screen(report: ValidationReport) -> RenderableType:
-    """Checks, receipt and verdict."""
+    """Checks, forward pass, receipt and verdict."""
+    from .forward_screen import forward_screen
+
     parts: list[RenderableType] = [title("checks", report.checkpoint), _checks(report.checks)]
+    if report.forward:
+        parts += [Text(""), *forward_screen(report.forward)]
     if report.receipt:
         parts += [Text(""), *_receipt(report.receipt)]
     sign = Text("✓ valid", "bold green") if report.ok else Text("✗ not valid", "bold red")

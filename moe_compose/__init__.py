@@ -18,6 +18,9 @@ from moe_compose.version import __version__
 
 if TYPE_CHECKING:
     from moe_compose import kernels as kernels
+    from moe_compose.calibration.calibrate import calibrate
+    from moe_compose.calibration.options import CalibrateOptions
+    from moe_compose.calibration.stats import ExpertStats
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.errors import (
         CheckpointError,
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WriteError,
     )
+    from moe_compose.evaluation import EvaluateOptions, Evaluation, evaluate
     from moe_compose.reporting.card import model_card
     from moe_compose.reporting.inspect import inspect
     from moe_compose.reporting.inspection import Inspection
@@ -49,6 +53,12 @@ _HOME = {
     "validate": "validation",
     "ValidationReport": "validation.report",
     "record_validation": "reporting.publish",
+    "CalibrateOptions": "calibration.options",
+    "calibrate": "calibration.calibrate",
+    "ExpertStats": "calibration.stats",
+    "EvaluateOptions": "evaluation",
+    "evaluate": "evaluation",
+    "Evaluation": "evaluation",
     "model_card": "reporting.card",
     "MoeComposeError": "errors",
     "OptionError": "errors",
@@ -72,6 +82,12 @@ __all__ = [  # noqa: RUF022 - reading order
     "validate",
     "ValidationReport",
     "record_validation",
+    "CalibrateOptions",
+    "calibrate",
+    "ExpertStats",
+    "EvaluateOptions",
+    "evaluate",
+    "Evaluation",
     "model_card",
     "MoeComposeError",
     "OptionError",

@@ -4,18 +4,22 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 from moe_compose_cli.parameters import attribute_docs, flag_of
 
 from moe_compose.architectures import all_architectures
+from moe_compose.calibration.options import CalibrateOptions
+from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.surgery.upcycle_options import METHODS, UpcycleOptions
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_option_table_is_the_dataclass():
-    docs = attribute_docs(UpcycleOptions)
-    for field in fields(UpcycleOptions):
+@pytest.mark.parametrize("options", [UpcycleOptions, CalibrateOptions, EvaluateOptions])
+def test_option_tables_are_the_dataclasses(options):
+    docs = attribute_docs(options)
+    for field in fields(options):
         default = "–" if field.default in (None, ()) else f"`{field.default}`"
         assert f"| `{flag_of(field.name)}` | {default} | {docs[field.name]} |" in TEXT
 

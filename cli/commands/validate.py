@@ -24,6 +24,16 @@ Against = Annotated[
 Tokens = Annotated[
     int, typer.Option("--tokens", min=2, metavar="INT", help="Tokens to compare on.")
 ]
+Forward = Annotated[
+    float | None,
+    typer.Option(
+        "--forward-seconds",
+        min=0,
+        metavar="SECONDS",
+        help="Time for the forward pass through Triton without a GPU (default 60; 0: not run).",
+        show_default=False,
+    ),
+]
 
 
 def validate(
@@ -31,13 +41,15 @@ def validate(
     against: Against = None,
     data: Data = None,
     tokens: Tokens = 1024,
+    forward_seconds: Forward = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check a checkpoint, and compare it with its source.
 
-    Structure, values and portability are checked; with --against SOURCE both models are run on
-    text and their logits compared. The findings are kept as validation.json beside it. Exit code
+    Structure, values and portability are checked; the forward pass of an MoE is run through Triton
+    kernels and through eager, both against fp64; with --against SOURCE both models are run on text
+    and their logits compared. The findings are kept as validation.json beside it. Exit code
     3: it is not valid, or not as exact as the last operation on it stated.
     """
     out.configure(as_json=as_json, quiet=quiet)
@@ -50,7 +62,9 @@ def validate(
     checkpoint = Checkpoint.open(path)
     source = Checkpoint.open(against) if against is not None else None
     with out.waiting(f"validating {checkpoint.label}"):
-        report = validation.validate(checkpoint, against=source, data=data, tokens=tokens)
+        report = validation.validate(
+            checkpoint, against=source, data=data, tokens=tokens, forward_seconds=forward_seconds
+        )
     kept = None
     if checkpoint.revision is None:  # the Hub's cache is nobody's to write into
         kept = record_validation(checkpoint, None, report)

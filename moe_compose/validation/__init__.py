@@ -1,7 +1,8 @@
 """Is a checkpoint whole, is it servable, and does it compute what its plan stated?
 
 `validate` looks at structure (config, names, shapes, dtypes, tokenizer), at every value, at what
-other engines need, and, given the source, runs both models on real text.
+other engines need; it runs an MoE's forward pass through the Triton kernels and through eager, and,
+given the source, both models on real text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError, OptionError, PlanError
 from moe_compose.surgery.history import HISTORY_NAME, read_history
 from moe_compose.surgery.plan import Plan, Preservation
-from moe_compose.validation.memory import shortage
+from moe_compose.validation import forward as forward_pass
+from moe_compose.validation.forward_report import ForwardPass
+from moe_compose.validation.memory import ShortageError
 from moe_compose.validation.parity import compare
 from moe_compose.validation.profile import check_profile
 from moe_compose.validation.report import Agreement, Check, Receipt, ValidationReport
@@ -27,12 +30,14 @@ from moe_compose.validation.structure import (
     load_tokenizer,
 )
 from moe_compose.validation.tensors import check_copied, check_values
-from moe_compose.validation.text import read_text, sequences
+from moe_compose.validation.text import Document, read_text, sequences
 
 __all__ = ["Agreement", "Check", "Receipt", "ValidationReport", "preflight", "validate"]
 
 #: Longest sequence of the receipt, in tokens.
 LONGEST = 256
+
+UNSOUND = "not run on a checkpoint that fails other checks"
 
 
 def validate(
@@ -42,18 +47,21 @@ def validate(
     preservation: Preservation | None = None,
     data: Path | None = None,
     tokens: int = 1024,
+    forward_seconds: float | None = None,
 ) -> ValidationReport:
     """Check a checkpoint, and with `against` compare it with its source on real text.
 
     Args:
-        checkpoint: a local checkpoint, or a plan that was not written yet: it is checked in the
-            same way, but not run.
+        checkpoint: a local checkpoint, or a plan that was not written yet: it is checked and
+            compared in the same way, only not run through Triton.
         against: the checkpoint it was made from; without it there is no receipt.
         preservation: the class to hold the comparison to; by default the one in the checkpoint's
             own surgery history, or exact where there is none.
         data: text file for the comparison; by default a bundled sample of stories, prose, code,
             arithmetic and German.
         tokens: how many tokens to compare on.
+        forward_seconds: what comparing an MoE's forward pass through Triton with eager may take on
+            a machine without a GPU; 0: it is not compared; `forward.SECONDS` if not given.
 
     Returns:
         A report; `report.ok` is the verdict.
@@ -70,23 +78,25 @@ def validate(
                 f"{source.label} is not on this disk; validation reads every value",
                 hint="Download it first, or give a folder.",
             )
-    if data is not None and data.is_file():  # a pipe gives its text only once
-        read_text(data)
+    document = read_text(data)  # a pipe gives its text only once
     record = checkpoint.record() if isinstance(checkpoint, Plan) else _last(checkpoint)
     checks, tokenizer = _checks(checkpoint, against, record)
-    receipt = None
+    if forward_seconds is None:
+        forward_seconds = forward_pass.SECONDS
+    sound = not any(c.status == "fail" for c in checks)
+    receipt = forward = None
+    if forward_pass.concerns(checkpoint):
+        forward, more = _forward(checkpoint, tokenizer, document, forward_seconds, sound)
+        checks += more
     if against is not None:
         stated = preservation or _stated(record)
-        if any(c.status == "fail" for c in checks):
-            text = "not run on a checkpoint that fails other checks"
-            checks.append(Check("receipt", "skip", text))
-        else:
-            receipt, more = _receipt(checkpoint, against, stated, tokenizer, data, tokens)
-            checks += more
+        receipt, more = _receipt(checkpoint, against, stated, tokenizer, document, tokens, sound)
+        checks += more
     return ValidationReport(
         checkpoint=checkpoint.label,
         checks=tuple(checks),
         receipt=receipt,
+        forward=forward,
         versions=_versions(),
     )
 
@@ -124,30 +134,50 @@ def _checks(
     return checks + check_profile(checkpoint), tokenizer
 
 
+def _forward(
+    checkpoint: TensorSource, tokenizer: Any, document: Document, seconds: float, sound: bool
+) -> tuple[ForwardPass | None, list[Check]]:
+    """The forward pass both ways, or the reason why there is none."""
+    if not sound:
+        return None, [Check("forward", "skip", UNSOUND)]
+    if not isinstance(checkpoint, Checkpoint):
+        text = "NOT MEASURED: a plan is run through Triton once it is written"
+        return None, [Check("forward", "skip", text)]
+    vocabulary = checkpoint.config.get("vocab_size")
+    if not isinstance(vocabulary, int):
+        return None, [Check("forward", "skip", "NOT MEASURED: the config tells no vocab_size")]
+    padding = checkpoint.config.get("pad_token_id")
+    texts = sequences(
+        tokenizer, document, forward_pass.TOKENS, forward_pass.LONGEST, vocabulary, padding
+    )
+    forward, check = forward_pass.forward(checkpoint, texts, seconds=seconds)
+    return forward, [check]
+
+
 def _receipt(
     checkpoint: TensorSource,
     against: TensorSource,
     stated: Preservation,
     tokenizer: Any,
-    data: Path | None,
+    document: Document,
     tokens: int,
+    sound: bool,
 ) -> tuple[Receipt | None, list[Check]]:
     """The comparison, or the reason why there is none."""
-    if not (isinstance(checkpoint, Checkpoint) and isinstance(against, Checkpoint)):
-        text = "NOT MEASURED: a plan is run once it is written"
-        return None, [Check("receipt", "skip", text)]
+    if not sound:
+        return None, [Check("receipt", "skip", UNSOUND)]
     config = checkpoint.config
     vocabulary, other = config.get("vocab_size"), against.config.get("vocab_size")
     if vocabulary != other or not isinstance(vocabulary, int):
         text = f"the vocabularies differ ({other} and {vocabulary}): nothing to compare"
         return None, [Check("receipt", "fail", text)]
-    if lacking := shortage(vocabulary, tokens, checkpoint, against):
-        return None, [Check("receipt", "skip", f"NOT MEASURED: {lacking}")]
     longest = min(LONGEST, int(config.get("max_position_embeddings") or LONGEST))
     padding = config.get("pad_token_id")
-    texts = sequences(tokenizer, data, tokens, longest, vocabulary, padding)
+    texts = sequences(tokenizer, document, tokens, longest, vocabulary, padding)
     try:
         return compare(against, checkpoint, texts, stated), []
+    except ShortageError as e:
+        return None, [Check("receipt", "skip", f"NOT MEASURED: {e}")]
     except Exception as e:  # whatever a model class raises, the finding is the same
         text = f"the models do not run: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
         return None, [Check("receipt", "fail", text)]

@@ -1,4 +1,4 @@
-"""Can the receipt be had here? Its models are loaded whole, and its logits wait on disk."""
+"""Can the receipt be had here? One layer at a time is in memory, and logits wait on disk."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from moe_compose.checkpoint.reader import Checkpoint
+#: What running takes beyond weights: activations, and the program itself.
+_BESIDES = 1 << 29
 
 
-def shortage(vocabulary: int, tokens: int, *checkpoints: Checkpoint) -> str | None:
-    """What is missing for a comparison, in words; None when there is enough of everything.
+class ShortageError(Exception):
+    """Too little memory or disk; says of what, and how much."""
+
+
+def require(weights: int, logits: int) -> None:
+    """Refuse a run that this machine cannot hold.
 
     Args:
-        vocabulary: columns of the logits.
-        tokens: rows of the logits.
-        checkpoints: the two that are loaded, one after the other.
+        weights: bytes of weights in memory at once.
+        logits: bytes of all logits of one run; up to four wait on disk.
+
+    Raises:
+        ShortageError: there is not enough.
     """
-    needed, available = memory_needed(*checkpoints), memory_available()
+    needed, available = weights + _BESIDES, memory_available()
     if available is not None and needed > available:
-        return (
-            f"comparing in fp32 takes about {needed / 2**30:.1f} GiB of memory, "
+        raise ShortageError(
+            f"a layer at a time takes about {needed / 2**30:.1f} GiB of memory, "
             f"{available / 2**30:.1f} GiB are free"
         )
-    logits, free = 4 * 4 * vocabulary * tokens, shutil.disk_usage(tempfile.gettempdir()).free
-    if logits > free:
-        return (
-            f"logits of {tokens} tokens take {logits / 2**30:.1f} GiB in the folder for temporary "
-            f"files, {free / 2**30:.1f} GiB are free"
+    needed, free = 4 * logits, shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise ShortageError(
+            f"logits take {needed / 2**30:.1f} GiB in the folder for temporary files, "
+            f"{free / 2**30:.1f} GiB are free"
         )
-    return None
-
-
-def memory_needed(*checkpoints: Checkpoint) -> int:
-    """Bytes that loading the larger of the checkpoints in fp32 takes, with a quarter on top for
-    loading and running.
-    """
-    return max(5 * sum(t.numel for t in c.tensors.values()) for c in checkpoints)
 
 
 def memory_available() -> int | None:

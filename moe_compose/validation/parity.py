@@ -1,6 +1,6 @@
 """The step-0 receipt: source and result run side by side on real text, and what they disagree by.
 
-Both models are loaded by transformers, in fp32 and in the checkpoint's own dtype, one after the
+Both models are streamed layer by layer, in fp32 and in the checkpoint's own dtype, one after the
 other; logits wait in a temporary file. fp32 shows whether the mathematics is the same: where the
 plan rounds weights, the source's are rounded in the same way first, so that the comparison stays
 sharp. The checkpoint's dtype shows what people will run, held to the source's own noise in it.
@@ -13,20 +13,22 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moe_compose.architectures import find
-from moe_compose.checkpoint.reader import Checkpoint
-from moe_compose.checkpoint.source import FLOAT_DTYPES, common_dtype
-from moe_compose.surgery.plan import Preservation, Rounding
-from moe_compose.surgery.shared_tensors import layer_of
-from moe_compose.validation.quiet import quiet_transformers
+from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource, common_dtype
+from moe_compose.surgery.plan import Preservation
+from moe_compose.validation.memory import require
 from moe_compose.validation.report import Agreement, Receipt
+from moe_compose.validation.rounded import Rounded
 from moe_compose.validation.text import Sequences
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+
+    from moe_compose.runtime import Runner
 
     Logits = np.memmap[tuple[int, int], np.dtype[np.float32]]
 
@@ -46,76 +48,38 @@ WORSE_THAN_GUESSING = 3.0
 _ROWS = 64
 
 
-def load(checkpoint: Checkpoint, dtype: str) -> Any:
-    """The checkpoint as a transformers model on the CPU, in `dtype` (`float32`, ...), eager
-    experts, evaluation mode.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=getattr(torch, dtype),
-            experts_implementation="eager",
-            local_files_only=True,
-        )
-    return model.eval()
-
-
-def round_weights(model: Any, source: Checkpoint, rounding: Rounding) -> None:
-    """Round a dense model's fp32 weights as a plan rounds them: `round(f·W) / f`, in place.
-
-    Args:
-        model: the source, loaded in fp32.
-        source: its checkpoint, for the names of its FFNs.
-        rounding: the plan's.
-    """
-    import torch
-
-    form, dtype = find(source.config), getattr(torch, rounding.dtype)
-    mlp = form.of(source.config).mlp if form else None
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            rows = len(weight) // 2
-            if mlp and mlp.down and layer_of(mlp.down, name) is not None:
-                parts = [(weight, rounding.down)]
-            elif mlp and mlp.up and layer_of(mlp.up, name) is not None:
-                parts = [(weight, rounding.up)]
-            elif mlp and mlp.gate_up and layer_of(mlp.gate_up, name) is not None:
-                parts = [(weight[:rows], 1.0), (weight[rows:], rounding.up)]
-            else:
-                parts = [(weight, 1.0)] if rounding.everything else []
-            for part, factor in parts:
-                part.copy_((part * factor).to(dtype).float() / factor)
-
-
 def compare(
-    source: Checkpoint, result: Checkpoint, texts: Sequences, stated: Preservation
+    source: TensorSource,
+    result: TensorSource,
+    texts: Sequences,
+    stated: Preservation,
 ) -> Receipt:
     """Run both models over `texts` and hold the result to the class its plan stated.
 
     Args:
-        source: the reference, a local checkpoint.
-        result: what is held to it, a local checkpoint.
+        source: the reference.
+        result: what is held to it; a checkpoint, or a plan.
         texts: token ids, the same for both.
         stated: the plan's preservation class.
+
+    Raises:
+        ShortageError: too little memory or disk for it here.
     """
+    from moe_compose.runtime import Runner
+
     narrow = FLOAT_DTYPES.get(common_dtype(result), "float32")
+    reference = source if stated.rounding is None else Rounded(source, stated.rounding)
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(checkpoint: Checkpoint, dtype: str, name: str) -> Logits:
-            return run_model(load(checkpoint, dtype), texts, Path(folder) / name)
+        def run(model: TensorSource, dtype: str, name: str) -> Logits:
+            return run_model(Runner(model, dtype=dtype), texts, Path(folder) / name)
 
-        model = load(source, "float32")
-        if stated.rounding is not None:
-            round_weights(model, source, stated.rounding)
-        reference = run_model(model, texts, Path(folder) / "reference")
-        del model
-        agreements = [agree("float32", reference, run(result, "float32", "result"), texts)]
+        exact = run(reference, "float32", "reference")
+        found = run(result, "float32", "result")
+        agreements = [agree("float32", exact, found, texts)]
         if narrow != "float32":
             low = run(source, narrow, "low")
-            noise = agree(narrow, reference, low, texts)
+            noise = agree(narrow, exact, low, texts)
             measured = agree(narrow, low, run(result, narrow, "result"), texts)
             agreements.append(replace(measured, noise=noise.median_error, noise_top1=noise.top1))
     met, verdict = judge(agreements, stated, texts.tokens)
@@ -124,22 +88,23 @@ def compare(
     )
 
 
-def run_model(model: Any, texts: Sequences, file: Path) -> Logits:
-    """Logits over all sequences, fp32 `[tokens, vocabulary]`, backed by `file`."""
-    import numpy as np
-    import torch
+def run_model(runner: Runner, texts: Sequences, file: Path) -> Logits:
+    """Logits over all sequences, fp32 `[tokens, vocabulary]`, backed by `file`.
 
-    logits: Logits | None = None
-    at = 0
-    with torch.inference_mode():
-        for ids in texts.ids:
-            rows = model(input_ids=ids).logits[0].float().numpy()
-            if logits is None:
-                shape = (texts.tokens, rows.shape[1])
-                logits = np.memmap(file, np.float32, "w+", shape=shape)
-            logits[at : at + len(rows)] = rows
-            at += len(rows)
-    assert logits is not None
+    Raises:
+        ShortageError: too little memory or disk for it here.
+    """
+    import numpy as np
+
+    vocabulary = runner.model.get_output_embeddings().weight.shape[0]
+    require(runner.footprint.peak, 4 * vocabulary * texts.tokens)
+    logits: Logits = np.memmap(file, np.float32, "w+", shape=(texts.tokens, vocabulary))
+    starts = [0, *accumulate(x.numel() for x in texts.ids)]
+
+    def take(index: int, rows: torch.Tensor) -> None:
+        logits[starts[index] : starts[index + 1]] = rows[0].float().numpy()
+
+    runner.run(texts.ids, logits=take)
     return logits
 
 
@@ -154,38 +119,32 @@ def agree(dtype: str, reference: Logits, result: Logits, texts: Sequences) -> Ag
     """
     import torch
 
-    worst = delta = norm = kl = same = loss = reference_loss = 0.0
-    rows = predicted = 0
-    by_token: list[float] = []
+    from moe_compose.evaluation.rows import compare_rows
+
+    sums = torch.zeros(6, dtype=torch.float64)
+    largest, rows, by_token = 0.0, 0, []
     for ids in texts.ids:
-        length = ids.shape[1]
-        for start in range(0, length, _ROWS):
-            stop = min(start + _ROWS, length)
-            ref = torch.from_numpy(reference[rows + start : rows + stop]).double()
-            got = torch.from_numpy(result[rows + start : rows + stop]).double()
-            worst = max(worst, float((got - ref).abs().max()))
-            deltas, norms = (got - ref).square().sum(-1), ref.square().sum(-1)
-            delta += float(deltas.sum())
-            norm += float(norms.sum())
-            by_token += (deltas / norms).sqrt().tolist()
-            p, q = ref.log_softmax(-1), got.log_softmax(-1)
-            kl += float((p.exp() * (p - q)).sum())
-            same += float((ref.argmax(-1) == got.argmax(-1)).sum())
-            targets = ids[0, start + 1 : stop + 1]
-            at = torch.arange(len(targets))
-            reference_loss -= float(p[at, targets].sum())
-            loss -= float(q[at, targets].sum())
-            predicted += len(targets)
-        rows += length
+        next_N = torch.cat([ids[0, 1:], torch.tensor([-1])])
+        for start in range(0, len(next_N), _ROWS):
+            part = slice(rows + start, rows + min(start + _ROWS, len(next_N)))
+            ref, got = torch.from_numpy(reference[part]), torch.from_numpy(result[part])
+            r = compare_rows(ref, got, next_N[start : start + _ROWS])
+            added = (r.delta_N, r.norm_N, r.kl_N, r.same_N, r.loss_N, r.reference_loss_N)
+            sums += torch.stack([x.double().sum() for x in added])
+            largest = max(largest, float(r.largest_N.max()))
+            by_token += (r.delta_N / r.norm_N).sqrt().tolist()
+        rows += len(next_N)
+    delta, norm, kl, same, loss, reference_loss = sums.tolist()
+    predicted = max(1, rows - len(texts.ids))
     return Agreement(
         dtype=dtype,
-        max_error=worst,
+        max_error=largest,
         relative_error=math.sqrt(delta / norm) if norm else math.inf,
         median_error=statistics.median(by_token),
         kl=kl / rows,
         top1=same / rows,
-        loss=loss / max(1, predicted),
-        reference_loss=reference_loss / max(1, predicted),
+        loss=loss / predicted,
+        reference_loss=reference_loss / predicted,
         guessing=math.log(reference.shape[1]),
     )
 

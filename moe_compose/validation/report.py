@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from moe_compose.validation.forward_report import ForwardPass
+
 Status = Literal["pass", "warn", "fail", "skip"]
 
 
@@ -90,12 +92,14 @@ class ValidationReport:
         checkpoint: label.
         checks: in the order they were made.
         receipt: the comparison, or None.
+        forward: the forward pass through the Triton kernels, or None.
         versions: of the packages that took part.
     """
 
     checkpoint: str
     checks: tuple[Check, ...]
     receipt: Receipt | None = None
+    forward: ForwardPass | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures import find
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
-from moe_compose.validation.quiet import quiet_transformers
 from moe_compose.validation.report import Check
 
 if TYPE_CHECKING:
@@ -40,8 +39,10 @@ def build_on_meta(source: TensorSource) -> tuple[PreTrainedModel | None, Check]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from moe_compose.runtime.quiet import quiet
+
     try:
-        with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(dict(source.config)))
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             with torch.device("meta"):
@@ -128,11 +129,13 @@ def load_tokenizer(checkpoint: TensorSource, against: TensorSource | None) -> tu
     """
     from transformers import AutoTokenizer
 
+    from moe_compose.runtime.quiet import quiet
+
     path = checkpoint.files.get("tokenizer_config.json") or checkpoint.files.get("tokenizer.json")
     if path is None:
         return None, Check("tokenizer", "warn", "the checkpoint has none")
     try:
-        with quiet_transformers():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
     except Exception as e:
         return None, Check("tokenizer", "fail", f"does not load: {_first_line(e)}")

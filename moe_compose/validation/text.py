@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_compose.errors import OptionError
 
@@ -36,29 +36,41 @@ class Sequences:
         return sum(x.numel() for x in self.ids)
 
 
-def read_text(data: Path | None) -> tuple[str, str]:
-    """Name and content of a text file; the bundled sample of five kinds of text when `data` is
-    None.
+class Document(NamedTuple):
+    """A text to run models on.
+
+    Attributes:
+        name: the file's name, or `the bundled sample`.
+        text: its content; documents are separated by `<|endoftext|>`.
+        bundled: nobody asked for it.
+    """
+
+    name: str
+    text: str
+    bundled: bool = False
+
+
+def read_text(data: Path | None) -> Document:
+    """A text file; the bundled sample of five kinds of text when `data` is None.
 
     Raises:
         OptionError: unreadable, not UTF-8, or empty.
     """
     if data is None:
-        return "the bundled sample", files("moe_compose.validation").joinpath(
-            "sample.txt"
-        ).read_text(encoding="utf-8")
+        sample = files("moe_compose.validation").joinpath("sample.txt")
+        return Document("the bundled sample", sample.read_text(encoding="utf-8"), bundled=True)
     try:
         text = data.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise OptionError(f"cannot read {data.name} as UTF-8 text: {e}") from e
     if not text.strip():
         raise OptionError(f"{data.name} holds no text")
-    return data.name, text
+    return Document(data.name, text)
 
 
 def sequences(
     tokenizer: Any,
-    data: Path | None,
+    document: Document,
     tokens: int,
     longest: int,
     vocabulary: int,
@@ -68,7 +80,7 @@ def sequences(
 
     Args:
         tokenizer: the checkpoint's; None falls back to ids spread evenly over the vocabulary.
-        data: text file, documents separated by `<|endoftext|>`.
+        document: the text.
         tokens: how many in all.
         longest: longest sequence, in tokens.
         vocabulary: size of the model's vocabulary; ids beyond it are an error of the tokenizer.
@@ -77,17 +89,16 @@ def sequences(
     """
     import torch
 
-    if tokenizer is None and data is not None:
+    if tokenizer is None and not document.bundled:
         raise OptionError(
-            f"{data.name} cannot be tokenised: the checkpoint has no tokenizer that loads",
+            f"{document.name} cannot be tokenised: the checkpoint has no tokenizer that loads",
             hint="Without --data, token ids spread over the vocabulary are compared.",
         )
     if tokenizer is None:
         ids = torch.arange(tokens, dtype=torch.int64) * 7919 % vocabulary
         ids = ids[ids != (-1 if padding is None else padding)]
         return Sequences("token ids spread over the vocabulary", torch.split(ids[None], longest, 1))
-    name, text = read_text(data)
-    documents = [d.strip() for d in text.split(SEPARATOR) if d.strip()]
+    documents = [d.strip() for d in document.text.split(SEPARATOR) if d.strip()]
     wanted = max(1, min(len(documents), tokens // SHORTEST))
     share = max(2, tokens // wanted)
     stride = max(1, len(documents) // wanted)
@@ -100,9 +111,9 @@ def sequences(
         if sum(p.numel() for p in pieces) >= tokens:
             break
     if not pieces:
-        raise OptionError(f"{name} gives no tokens to compare on")
+        raise OptionError(f"{document.name} gives no tokens to compare on")
     if (most := max(int(p.max()) for p in pieces)) >= vocabulary:
         raise OptionError(
             f"the tokenizer gives id {most}, beyond the vocabulary of the model ({vocabulary})"
         )
-    return Sequences(name, tuple(pieces))
+    return Sequences(document.name, tuple(pieces))

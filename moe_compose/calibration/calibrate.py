@@ -1,0 +1,266 @@
+"""`calibrate`: run text through a checkpoint, or a plan, and measure its experts.
+
+One pass, layer by layer: all text goes through a layer before the next one is read, and what was
+measured of a layer is finished, and on the disk, when the layer is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_compose.architectures import MoE
+from moe_compose.calibration import files, similarity
+from moe_compose.calibration.calls import experts_in
+from moe_compose.calibration.checks import check_layers, moe_of
+from moe_compose.calibration.data import Domain, domains_of
+from moe_compose.calibration.observe import Observer, Subject
+from moe_compose.calibration.options import CalibrateOptions
+from moe_compose.calibration.record import Record, fingerprint, versions
+from moe_compose.calibration.resume import Partial, check_place
+from moe_compose.calibration.sampling import sample_of
+from moe_compose.calibration.stats import HALVES, ExpertStats, LayerStats
+from moe_compose.calibration.tokenizer import context_of, tokenizer_of, vocabulary_of
+from moe_compose.calibration.tokens import TokenSet, tokenise
+from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource, common_dtype
+from moe_compose.errors import OptionError
+from moe_compose.runtime import Layer, Runner
+
+log = logging.getLogger(__name__)
+
+#: Texts; texts by domain; what `read_domains` made of files; or what `tokenise` made of that.
+Texts = Sequence[str] | Mapping[str, Sequence[str]] | Sequence[Domain] | TokenSet
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateProgress:
+    """How far a calibration is.
+
+    Attributes:
+        done: tokens measured, each layer counted.
+        total: of how many.
+        layer: the layer that runs.
+        layers: decoder layers with experts.
+    """
+
+    done: int
+    total: int
+    layer: int
+    layers: int
+
+
+def calibrate(
+    source: TensorSource,
+    texts: Texts,
+    options: CalibrateOptions | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[CalibrateProgress], None] | None = None,
+) -> ExpertStats:
+    """Measure what each expert does on text.
+
+    Args:
+        source: a checkpoint, or a plan that was never written.
+        texts: documents, documents by domain, or what `read_domains` or `tokenise` gave.
+        options: see `CalibrateOptions`; of a `TokenSet`, its own length, seed and size hold.
+        output: folder for the result; without it nothing is written, and nothing can be resumed.
+        resume: continue a run into `output` that was interrupted.
+        overwrite: replace statistics that are there.
+        progress: told after every batch.
+
+    Returns:
+        The statistics; the same bytes in `output` however often the run was interrupted.
+
+    Raises:
+        OptionError: options or texts that cannot be meant; before the model is opened.
+        UnsupportedError: a family whose experts cannot be watched; the reason is said.
+        CheckpointError: tensors missing or of the wrong shape.
+        WriteError: `output` is not free, or cannot be written.
+
+    Example:
+        >>> stats = calibrate(moe, {"en": english, "py": python})  # doctest: +SKIP
+        >>> stats.dead(3)                                          # doctest: +SKIP
+        ()
+    """
+    options = (options or CalibrateOptions()).check()
+    place = None if output is None else Path(output)
+    if place is None and options.similarity:
+        raise OptionError(
+            "similarities take a folder: they are too large to be held",
+            hint="Pass output=..., or leave similarity out.",
+        )
+    if place is not None:
+        check_place(place, resume=resume, overwrite=overwrite)
+    moe = moe_of(source)
+    tokens = tokens_of(source, texts, options)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype or _dtype(source, device)
+    runner = Runner(source, dtype=dtype, device=device)
+    check_layers(runner, moe, source, options)
+    run = _Run(source, moe, tokens, options, runner, dtype)
+    partial = None
+    if place is not None:
+        partial = Partial(place, run.job(), similarity=options.similarity)
+        run.layers = partial.begin(resume=resume, overwrite=overwrite)
+    run.through(partial, progress)
+    layers = dict(sorted(run.layers.items()))
+    if partial is None or place is None:
+        return ExpertStats(record=run.record(), layers=layers)
+    alike = {similarity.file_of(i) for i in layers} if options.similarity else set()
+    size = sum((partial.path / name).stat().st_size for name in alike)
+    files.write_tables(ExpertStats(record=run.record(size), layers=layers), partial.path)
+    files.finish(partial.path, place, {files.TABLES, files.RECORD, *alike})
+    return files.load(place)
+
+
+def tokens_of(source: TensorSource, texts: Texts, options: CalibrateOptions) -> TokenSet:
+    """Texts as the checkpoint's tokenizer cuts them; a `TokenSet` as it is.
+
+    Raises:
+        OptionError: text that cannot be run through this model.
+    """
+    if isinstance(texts, TokenSet):
+        vocabulary = vocabulary_of(source.config)
+        most = max(max(s.ids) for s in texts.sequences)
+        if vocabulary is not None and most >= vocabulary:
+            raise OptionError(f"token id {most} is beyond the model's vocabulary ({vocabulary})")
+        return texts
+    given = list(texts) if not isinstance(texts, Mapping) else []
+    if given and all(isinstance(d, Domain) for d in given):
+        domains: Sequence[Domain] = [d for d in given if isinstance(d, Domain)]
+    else:
+        domains = domains_of(texts)  # type: ignore[arg-type]
+    context = context_of(source.config)
+    return tokenise(
+        domains,
+        tokenizer_of(source),
+        tokens=options.tokens,
+        seq_len=min(options.seq_len, context or options.seq_len),
+        seed=options.seed,
+        vocabulary=vocabulary_of(source.config),
+    )
+
+
+class _Run:
+    """One calibration, and the layers that are finished."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        moe: MoE,
+        tokens: TokenSet,
+        options: CalibrateOptions,
+        runner: Runner,
+        dtype: str,
+    ) -> None:
+        self._source, self._moe, self._tokens = source, moe, tokens
+        self._options, self._runner, self._dtype = options, runner, dtype
+        self._rows = tokens.batches(options.batch)
+        wanted = options.sample if options.similarity else 0
+        self._sampled = min(wanted, sum(tokens.tokens.values()))
+        self.layers: dict[int, LayerStats] = {}
+
+    def job(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued."""
+        stats = [path.stat() for path in self._source.weight_files]
+        return {
+            "checkpoint": self._source.digest(),
+            "weights": [[s.st_size, s.st_mtime_ns] for s in stats],
+            "text": self._tokens.digest(),
+            "batch": self._options.batch,
+            "dtype": self._dtype,
+            "device": self._runner.device.type,
+            "sample": self._sampled,
+            "seed": self._tokens.seed,
+            "versions": versions(),
+        }
+
+    def record(self, sample_bytes: int = 0) -> Record:
+        """What was measured on what."""
+        table = [[0] * len(self._tokens.domains) for _ in range(HALVES)]
+        for s in self._tokens.sequences:
+            table[s.half][s.domain] += len(s.ids)
+        unread = [i for i, s in sorted(self.layers.items()) if s.logit_E is None]
+        notes = [f"the routers of layers {unread} could not be read: no entropy"] if unread else []
+        if unused := self._runner.unused:
+            notes.append(f"{len(unused)} tensors that the class does not run, from {unused[0]} on")
+        return Record(
+            source=self._source.label,
+            digest=self._source.digest(),
+            routers=fingerprint(self._source),
+            top_k=self._moe.top_k,
+            domains=self._tokens.domains,
+            files=self._tokens.files,
+            tokens=tuple(map(tuple, table)),
+            text=self._tokens.digest(),
+            seq_len=self._tokens.seq_len,
+            seed=self._tokens.seed,
+            dtype=self._dtype,
+            device=self._runner.device.type,
+            sample=self._sampled,
+            sample_bytes=sample_bytes,
+            notes=tuple(notes),
+            versions=versions(),
+        )
+
+    def through(
+        self, partial: Partial | None, progress: Callable[[CalibrateProgress], None] | None
+    ) -> None:
+        """Stream all text through all layers that are left to measure."""
+        found = {x.index: experts_in(x, self._moe) for x in self._runner.layers}
+        sparse = {i: module for i, module in found.items() if module is not None}
+        if not set(sparse) - self.layers.keys():
+            return
+        subject = Subject(
+            rows=self._rows,
+            domains=len(self._tokens.domains),
+            moe=self._moe,
+            sample=sample_of(self._rows, self._sampled, self._tokens.seed),
+            sampled=self._sampled,
+        )
+        each = sum(self._tokens.tokens.values())
+        done = each * len(self.layers)
+
+        def tick(count: int, layer: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(CalibrateProgress(done, each * len(sparse), layer, len(sparse)))
+
+        @contextmanager
+        def measured(layer: Layer) -> Iterator[None]:
+            experts = sparse[layer.index]
+            observer = Observer(layer, experts, subject, lambda count: tick(count, layer.index))
+            with observer.watching():
+                yield
+            self._finish(layer, observer, partial)
+
+        def on_layer(layer: Layer) -> AbstractContextManager[None] | None:
+            left = layer.index in sparse and layer.index not in self.layers
+            return measured(layer) if left else None
+
+        self._runner.run([r.batch for r in self._rows], on_layer=on_layer)
+
+    def _finish(self, layer: Layer, observer: Observer, partial: Partial | None) -> None:
+        """A layer is about to be left: its similarities, then its sums, which say it is done."""
+        found = observer.result()
+        if self._sampled and partial is not None and observer.inputs_SD is not None:
+            path = partial.path / similarity.file_of(layer.index)
+            experts = self._moe.num_experts
+            similarity.gather(layer.experts, experts, observer.inputs_SD, observer.logits_SE, path)
+        if partial is not None:
+            partial.keep(layer.index, found)
+        self.layers[layer.index] = found
+
+
+def _dtype(source: TensorSource, device: str) -> str:
+    own = FLOAT_DTYPES.get(common_dtype(source), "float32")
+    return "float32" if device == "cpu" else own

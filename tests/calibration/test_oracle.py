@@ -1,0 +1,111 @@
+"""What the REAP authors' own code measured (2510.13999, commit 1970473), on the same weights.
+
+Run: pytest tests/calibration/test_oracle.py
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import moe_compose as mc
+from moe_compose.calibration.criteria import worth
+from moe_compose.calibration.tokens import TokenSet
+from moe_compose.routing import top_indices
+
+#: Their names for what is measured → ours.
+MEASURED = {
+    "expert_frequency": "count",
+    "ean_sum": "norm",
+    "weighted_ean_sum": "gated_norm",
+    "weighted_expert_frequency_sum": "gate",
+}
+PRUNED = {
+    "reap": "reap",
+    "frequency": "frequency",
+    "ean_sum": "ean-sum",
+    "ean_mean": "ean-mean",
+    "weighted_ean_sum": "weighted-ean",
+}
+
+
+@pytest.fixture(scope="module")
+def oracle(shared: Path) -> dict:
+    return json.loads((shared / "oracle/qwen3_norm.json").read_text())
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    w = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(shape)
+    w = w.astype(np.float32)
+    if "norm" in name:
+        return torch.from_numpy(1 + 0.1 * w)
+    return torch.from_numpy(w * np.float32(0.6 if name.endswith("mlp.gate.weight") else 0.15))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> mc.Checkpoint:
+    """Their model."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("oracle")
+    config = Qwen3MoeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        rope_theta=10000.0,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = {name: drawn(name, tuple(t.shape)) for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return mc.Checkpoint.open(folder)
+
+
+@pytest.fixture(scope="module")
+def stats(oracle: dict, model: mc.Checkpoint) -> mc.ExpertStats:
+    """Our measurement of it on their batches."""
+    rows = [
+        [i for i, m in zip(ids, mask, strict=True) if m]
+        for batch in oracle["batches"]
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    tokens = TokenSet.of_ids({"text": rows})
+    return mc.calibrate(model, tokens, mc.CalibrateOptions(batch=2))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_measures(oracle: dict, stats: mc.ExpertStats, layer: int) -> None:
+    theirs = oracle["stats_renorm_True"][str(layer)]
+    assert theirs["total_tokens"] == stats.tokens()
+    assert stats.sums(layer)["count"].tolist() == theirs["expert_frequency"]
+    for name, measure in MEASURED.items():
+        expected = torch.tensor(theirs[name], dtype=torch.float64)
+        torch.testing.assert_close(stats.sums(layer)[measure], expected, rtol=1e-6, atol=0)
+    expected = torch.tensor(theirs["reap"], dtype=torch.float64)
+    torch.testing.assert_close(worth(stats, layer, "reap"), expected, rtol=0, atol=1e-6)
+    expected = torch.tensor(theirs["ean_mean"], dtype=torch.float64)
+    torch.testing.assert_close(worth(stats, layer, "ean-mean"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PRUNED.items())
+def test_kept_sets(oracle: dict, stats: mc.ExpertStats, theirs: str, ours: str) -> None:
+    for layer, kept in oracle["pruned"][theirs]["kept"].items():
+        assert sorted(top_indices(worth(stats, int(layer), ours), 4).tolist()) == kept
