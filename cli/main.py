@@ -24,6 +24,7 @@ from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.ls import ls
 from .commands.plot import plot
+from .commands.prune import prune
 from .commands.tune import tune
 from .commands.upcycle import upcycle
 from .commands.validate import validate
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, upcycle, calibrate, validate, evaluate, tune, plot, ls):
+for command in (inspect, upcycle, prune, calibrate, validate, evaluate, tune, plot, ls):
     app.command()(command)
 
 

@@ -18,8 +18,10 @@ from moe_compose.version import __version__
 
 if TYPE_CHECKING:
     from moe_compose import kernels as kernels
+    from moe_compose.calibration.aimer import rank_by_weights
     from moe_compose.calibration.calibrate import calibrate
     from moe_compose.calibration.options import CalibrateOptions
+    from moe_compose.calibration.pruning import prune
     from moe_compose.calibration.stats import ExpertStats
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.errors import (
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from moe_compose.reporting.inspection import Inspection
     from moe_compose.reporting.publish import record_validation, write
     from moe_compose.surgery.plan import Plan
+    from moe_compose.surgery.prune_options import PruneOptions
+    from moe_compose.surgery.ranking import Ranking
     from moe_compose.surgery.upcycle import upcycle
     from moe_compose.surgery.upcycle_options import UpcycleOptions
     from moe_compose.validation import validate
@@ -56,6 +60,10 @@ _HOME = {
     "CalibrateOptions": "calibration.options",
     "calibrate": "calibration.calibrate",
     "ExpertStats": "calibration.stats",
+    "PruneOptions": "surgery.prune_options",
+    "prune": "calibration.pruning",
+    "Ranking": "surgery.ranking",
+    "rank_by_weights": "calibration.aimer",
     "EvaluateOptions": "evaluation",
     "evaluate": "evaluation",
     "Evaluation": "evaluation",
@@ -85,6 +93,10 @@ __all__ = [  # noqa: RUF022 - reading order
     "CalibrateOptions",
     "calibrate",
     "ExpertStats",
+    "PruneOptions",
+    "prune",
+    "Ranking",
+    "rank_by_weights",
     "EvaluateOptions",
     "evaluate",
     "Evaluation",

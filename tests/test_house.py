@@ -34,7 +34,7 @@ MEASURING = {
     f"calibration/{name}.py"
     for name in (
         *("calibrate", "calls", "observe", "pairs", "residual", "router", "sampling"),
-        *("similarity", "stats", "files", "criteria"),
+        *("similarity", "stats", "files", "criteria", "aimer"),
     )
 }
 

@@ -10,13 +10,16 @@ from moe_compose_cli.parameters import attribute_docs, flag_of
 from moe_compose.architectures import all_architectures
 from moe_compose.calibration.options import CalibrateOptions
 from moe_compose.evaluation.options import EvaluateOptions
+from moe_compose.surgery.prune_options import PruneOptions
 from moe_compose.surgery.upcycle_options import METHODS, UpcycleOptions
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("options", [UpcycleOptions, CalibrateOptions, EvaluateOptions])
+@pytest.mark.parametrize(
+    "options", [UpcycleOptions, CalibrateOptions, PruneOptions, EvaluateOptions]
+)
 def test_option_tables_are_the_dataclasses(options):
     docs = attribute_docs(options)
     for field in fields(options):

@@ -49,6 +49,8 @@ def calibrate(
     out.show(stats_screen(found))
     here, there = shlex.quote(source), shlex.quote(str(stats))
     out.hint(f"See who gets the tokens:\n  moe-compose inspect {here} --stats {there}")
+    fewer = f"moe-compose prune {here} OUTPUT --stats {there} --ratio 0.25"
+    out.hint(f"Remove a quarter of the experts:\n  {fewer}")
     out.result(to_json(found) if as_json else {}, str(stats))
 
 

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
-import time
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,13 +22,7 @@ from ..parameters import (
     Validate,
     with_options,
 )
-
-if TYPE_CHECKING:
-    from moe_compose.checkpoint.destination import Destination
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.surgery.plan import Plan
-    from moe_compose.validation.report import ValidationReport
-
+from ._surgery import How, carry_out
 
 Source = Annotated[
     str,
@@ -62,152 +50,7 @@ def upcycle(
     compared with its source on real text. Exit code 3: written, but not what was stated.
     """
     out.configure(as_json=as_json, quiet=quiet)
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.reporting import publish
     from moe_compose.surgery.upcycle import upcycle
 
-    from ..screens import plan_screen
-
-    begun = time.monotonic()
-    _check_text(data)
-    dense = Checkpoint.open(source, headers_only=dry_run)
-    plan = upcycle(dense, options)
-    where: dict[str, Any] = {"shard_size": shard_size, "resume": resume, "overwrite": overwrite}
-    destination = publish.check_destination(plan, output, **where)
-    out.show(plan_screen(plan, str(output)))
-    report = None
-    if validate:
-        _preflight(plan)
-    if dry_run:
-        _say_room(destination)
-    else:
-        written = _write(plan, output, where)
-        report = _validate(written, dense, plan, data, source) if validate else None
-        _say_next(written, output, source, report)
-    document = {"dry_run": dry_run, "seconds": round(time.monotonic() - begun, 3)}
-    out.result(_document(plan, dense, output, destination, report) | document, str(output))
-    if report is not None and not report.ok:
-        raise typer.Exit(3)
-
-
-def _check_text(data: Path | None) -> None:
-    """What is wrong with the text shall not come out after hours of writing."""
-    from moe_compose.validation.text import read_text
-
-    if data is not None and not data.is_fifo():  # a pipe gives its text only once
-        read_text(data)
-
-
-def _preflight(plan: Plan) -> None:
-    """A tensor too many or too few shall not come out after hours of writing either."""
-    from moe_compose.validation import preflight
-
-    with out.waiting("checking names and shapes against the target's class"):
-        preflight(plan)
-
-
-def _write(plan: Plan, output: Path, where: dict[str, Any]) -> Checkpoint:
-    from moe_compose.reporting import publish
-
-    how = "--resume instead of --overwrite" if where["overwrite"] else "--resume"
-    out.interrupted = f"Finished shards are kept: the same command with {how} continues."
-    with out.progress(f"writing {output.name}") as progress:
-        return publish.write(plan, output, progress=progress, **where)
-
-
-def _validate(
-    written: Checkpoint, dense: Checkpoint, plan: Plan, data: Path | None, source: str
-) -> ValidationReport:
-    """Measure what was stated, keep it, and show it."""
-    from moe_compose import validation
-    from moe_compose.reporting.publish import record_validation
-
-    from ..screens import report_screen
-
-    again = f"moe-compose validate {shlex.quote(str(written.path))} --against {shlex.quote(source)}"
-    out.interrupted = f"The checkpoint is written, but not validated. Do that with:\n  {again}"
-    with out.waiting(f"validating {written.label} against {dense.label}"):
-        report = validation.validate(
-            written, against=dense, preservation=plan.preservation, data=data
-        )
-        record_validation(written, plan, report)
-    out.interrupted = ""
-    out.show("")
-    out.show(report_screen(report))
-    return report
-
-
-def _say_room(destination: Destination) -> None:
-    """Bytes that would be written, and bytes that are free where they would go."""
-    from moe_compose.reporting.units import bytes_text
-
-    there = next(
-        p for p in (destination.folder, *destination.folder.absolute().parents) if p.exists()
-    )
-    needed = sum(s.size for s in destination.shards if s.name not in destination.kept)
-    free = shutil.disk_usage(there).free
-    files = len(destination.shards) - len(destination.kept)
-    out.hint(
-        f"Dry run: nothing was written. It would take {bytes_text(needed)} in {files} "
-        f"{'file' if files == 1 else 'files'} of weights; {bytes_text(free)} are free."
-    )
-
-
-def _say_next(
-    written: Checkpoint, output: Path, source: str, report: ValidationReport | None
-) -> None:
-    """What to do with the result."""
-    if report is not None and not report.ok:
-        return
-    if report is None:
-        here, there = shlex.quote(str(output)), shlex.quote(source)
-        out.hint(f"Not validated. Do that with:\n  moe-compose validate {here} --against {there}")
-    if "tokenizer.json" in written.files or "tokenizer_config.json" in written.files:
-        code = (
-            f'from transformers import pipeline; p = pipeline("text-generation", '
-            f"{json.dumps(str(output))}{_loading(written)}); "
-            f'print(p("Once upon a time")[0]["generated_text"])'
-        )
-        out.hint(f"Generate text with:\n  python -c {shlex.quote(code)}")
-
-
-def _loading(written: Checkpoint) -> str:
-    """What transformers must be told to run widths that its default experts refuse."""
-    from moe_compose.validation.profile import needs_eager_experts
-
-    if not needs_eager_experts(written.config):
-        return ""
-    return ', model_kwargs={"experts_implementation": "eager"}'
-
-
-def _document(
-    plan: Plan,
-    dense: Checkpoint,
-    output: Path,
-    destination: Destination,
-    report: ValidationReport | None,
-) -> dict[str, Any]:
-    from moe_compose.reporting.inspection import memory_json, parts_of
-
-    summary = plan.summary()
-    parameters = summary.parameters
-    return {
-        "output": str(output),
-        "operation": plan.operation,
-        "sources": [source.label for source in plan.sources.values()],
-        "options": dict(plan.options),
-        "plan_digest": plan.digest(),
-        "preservation": asdict(plan.preservation),
-        "parameters": {
-            "total": parameters.total,
-            "active": parameters.active,
-            "by_part": {name: asdict(part) for name, part in parts_of(parameters).items()},
-        },
-        "bytes": summary.bytes,
-        # where only headers were fetched, what will be copied is not known yet
-        "copied_bytes": None if dense.path is None else summary.copied_bytes,
-        "weight_files": {shard.name: shard.size for shard in destination.shards},
-        "memory": memory_json(summary.memory),
-        "notes": list(plan.notes),
-        "validation": report.to_json() if report else None,
-    }
+    how = How(shard_size, dry_run, resume, overwrite, validate, data)
+    carry_out(source, output, how, lambda dense: upcycle(dense, options))

@@ -196,6 +196,7 @@ _V4 = Architecture(
     embedding="embed.weight",
     head="head.weight",
     per_layer_rope=True,
+    usual_counts="the family's own kernels, in vLLM and SGLang",
     note="layers that route by token id have gate.tid2eid in place of gate.bias: a table of expert "
     "ids, to be rewritten when experts move",
 )

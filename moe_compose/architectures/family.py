@@ -18,6 +18,16 @@ from moe_compose.architectures.routing_form import Routing, RoutingForm
 from moe_compose.architectures.twin import Twin
 from moe_compose.errors import CheckpointError
 
+#: Counts of experts that engines have kernels for: powers of two up to 512, and a few more.
+USUAL_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 192, 320, 384, 448, 576})
+
+_MTP_COUNT = (
+    Key(name="num_nextn_predict_layers"),
+    Key(name="mtp_num_hidden_layers"),
+    Key(name="mtp_num_layers"),
+    Key(name="num_mtp_layers"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Portable:
@@ -51,6 +61,8 @@ class Architecture:
         sparse: which layers hold experts.
         mtp: prefixes of multi-token-prediction tensors (`{n}` = `num_hidden_layers`), which hold
             routers of their own.
+        mtp_count: config keys that say how many such layers there are; those present become 0 when
+            the layers are left out, and the first one if none is.
         embedding, head: names of the token embedding and the output projection.
         facts: what the config class assumes where `config.json` is silent, for entries that change
             what the model computes.
@@ -72,6 +84,8 @@ class Architecture:
             operated on.
         portable: entries that other engines read differently.
         sparse_only: which engines a dense layer breaks; empty where dense layers work everywhere.
+        usual_counts: which engines refuse counts of experts that are not in `USUAL_COUNTS`; empty
+            where others are only slower.
         note: anything a reader should know.
     """
 
@@ -88,6 +102,7 @@ class Architecture:
     routing: RoutingForm | None = None
     sparse: LayerRule = EveryLayer()
     mtp: tuple[str, ...] = ()
+    mtp_count: tuple[Key, ...] = _MTP_COUNT
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     hidden: Key = Key(name="hidden_size")
@@ -104,6 +119,7 @@ class Architecture:
     read_only: str = ""
     portable: tuple[Portable, ...] = ()
     sparse_only: str = ""
+    usual_counts: str = ""
     note: str = ""
 
     @property

@@ -27,7 +27,7 @@ Kind = Literal[
 ]
 
 #: What may follow a weight's stem: `.weight`, `.bias`, a quantised tensor's companions.
-_TAIL = r"(?:\.[A-Za-z0-9_]+|_blocks|_scales?|_bias|_scale_inv)*$"
+TAIL = r"(?:\.[A-Za-z0-9_]+|_blocks|_scales?|_bias|_scale_inv)*$"
 _MIXER = re.compile(r"attn|attention|mixer|mamba|conv|linear_att|rotary|ssm", re.IGNORECASE)
 
 
@@ -97,7 +97,7 @@ def layout_of(architecture: Architecture, names: Collection[str]) -> Architectur
 def _pattern(template: str) -> re.Pattern[str]:
     stem = re.escape(template.removesuffix(".weight"))
     stem = stem.replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
-    return re.compile(stem + _TAIL)
+    return re.compile(stem + TAIL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@
     stats.py        ExpertStats: the sums; record.py says of what, files.py keeps them
     criteria.py     from sums to a worth of every expert; whether the text was enough
     summary.py      a layer in a few numbers
+    aimer.py        a worth of every expert from its weights alone
+    pruning.py      from either to a plan with fewer experts
 
 Example:
     >>> import moe_compose as mc

@@ -21,6 +21,7 @@ from moe_compose.reporting.markdown import cell, code, table
 from moe_compose.reporting.receipt import measured
 from moe_compose.reporting.units import bytes_text, count
 from moe_compose.surgery.plan import Plan, PlanSummary
+from moe_compose.surgery.prune_options import CRITERIA
 from moe_compose.surgery.upcycle_options import METHODS
 from moe_compose.validation.report import ValidationReport
 from moe_compose.version import __version__
@@ -94,6 +95,10 @@ def repeat_line(plan: Plan) -> str:
 
 def method_of(plan: Plan) -> tuple[str, str, str] | None:
     """Name, summary and paper of the method a plan follows; None for an operation without any."""
+    criterion = str(plan.options.get("criterion"))
+    if plan.operation == "prune" and criterion in CRITERIA:
+        summary, paper = CRITERIA[criterion]
+        return criterion, f"keeps {summary}", paper
     name = str(plan.options.get("method"))
     if plan.operation != "upcycle" or name not in METHODS:
         return None

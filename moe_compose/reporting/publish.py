@@ -141,6 +141,7 @@ def documents(source: TensorSource) -> dict[str, bytes]:
     return {
         HISTORY_NAME: encode(history_of(source)),
         CARD_NAME: model_card(source, None).encode("utf-8", "replace"),
+        **{name: encode(report) for name, report in source.reports.items()},
     }
 
 
@@ -182,7 +183,7 @@ def _without_documents(source: TensorSource) -> TensorSource:
     """A plan that does not carry the source's card and history along, since it gets its own."""
     if not isinstance(source, Plan):
         return source
-    own = (HISTORY_NAME, CARD_NAME)
+    own = (HISTORY_NAME, CARD_NAME, *source.reports)
     if not any(name in source.files for name in own):
         return source
     kept: Mapping[str, Path] = {n: p for n, p in source.files.items() if n not in own}

@@ -16,13 +16,16 @@ from moe_compose.checkpoint.source import (
     torch_dtype,
 )
 from moe_compose.errors import PlanError
-from moe_compose.surgery.indices import Rows
+from moe_compose.surgery.indices import Picks, Rows
 from moe_compose.surgery.transforms import Concat, Read, Stack, Take, Transform
 
 if TYPE_CHECKING:
     import torch
 
 Sources = Mapping[str, TensorSource]
+
+#: Rows of at least so many bytes (experts of a stacked tensor) are read one by one, no others.
+LARGE_ROW = 1 << 20
 
 
 def extents(node: Transform, sources: Sources) -> tuple[Extent, ...] | None:
@@ -100,9 +103,15 @@ def value(node: Transform, sources: Sources) -> torch.Tensor:
     """
     if isinstance(node, Read):
         return sources[node.source].read(node.tensor.name)
-    if isinstance(node, Take) and isinstance(node.at, Rows) and (found := extents(node, sources)):
+    if isinstance(node, Take) and _in_few_runs(node) and (found := extents(node, sources)):
         return _read(found, node)
     return node.apply(*(value(x, sources) for x in node.inputs))
+
+
+def _in_few_runs(node: Take) -> bool:
+    spec = node.x.spec
+    large = node.dim == 0 and spec.nbytes >= LARGE_ROW * max(1, spec.shape[0])
+    return isinstance(node.at, Rows) or (large and isinstance(node.at, Picks))
 
 
 def _read(found: tuple[Extent, ...], node: Transform) -> torch.Tensor:

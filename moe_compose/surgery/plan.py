@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import torch
 
 
+#: What quantised matrices are called: MXFP4; compressed-tensors; AWQ and GPTQ.
+_PACKED = re.compile(r"(?P<stem>.+)(?:_blocks|\.weight_packed|\.qweight)")
+
 #: Part of every digest; raised when a transform of the same name comes to give other bytes.
 ARITHMETIC = 1
 
@@ -136,6 +139,8 @@ class Plan:
         preservation: how far the function is kept.
         notes: what a user should know before writing.
         card: the source's model card, if it has one.
+        decided: what the operation chose by itself (which experts are kept), for the record.
+        reports: JSON documents that are written beside the result, by file name.
     """
 
     operation: str
@@ -148,6 +153,8 @@ class Plan:
     dropped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     card: Path | None = None
+    decided: Mapping[str, Any] = field(default_factory=dict)
+    reports: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -219,7 +226,7 @@ class Plan:
             "constants": list(self.constants()),
             "copied": list(self.copied()),
             "version": __version__,
-        }
+        } | ({"decided": dict(self.decided)} if self.decided else {})
 
     def check(self) -> Plan:
         """Hold the plan to the laws of a plan; returns it.
@@ -255,12 +262,22 @@ class Plan:
         if form is None or not form.is_moe:
             return
         form = layout_of(form, self.tensors)
+        stems = self._quantised_stems()
         for layer in form.moe(self.config).sparse_layers:
             for name, shape in form.moe_shapes(self.config, layer).items():
+                if name.removesuffix(".weight") in stems:
+                    continue
                 if name not in self.tensors:
                     yield f"{name} is missing"
                 elif self.tensors[name].shape != shape:
                     yield f"{name} has shape {list(self.tensors[name].shape)}, not {list(shape)}"
+
+    def _quantised_stems(self) -> set[str]:
+        """Names of what has packed values, in shapes of their own, in place of a matrix."""
+        found = (_PACKED.fullmatch(name) for name in self.tensors)
+        packed = {m["stem"] for m in found if m}
+        integers = {n for n, t in self.tensors.items() if t.dtype in ("U8", "I32")}
+        return packed | {n.removesuffix(".weight") for n in integers if n.endswith(".weight")}
 
     def summary(self) -> PlanSummary:
         """Parameters, bytes and memory of the result; reads no weights."""

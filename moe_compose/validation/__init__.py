@@ -7,7 +7,7 @@ given the source, both models on real text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,10 @@ def validate(
         checks += more
     if against is not None:
         stated = preservation or _stated(record)
-        receipt, more = _receipt(checkpoint, against, stated, tokenizer, document, tokens, sound)
+        kept = _kept(record, against)
+        receipt, more = _receipt(
+            checkpoint, against, stated, tokenizer, document, tokens, sound, kept
+        )
         checks += more
     return ValidationReport(
         checkpoint=checkpoint.label,
@@ -162,6 +165,7 @@ def _receipt(
     document: Document,
     tokens: int,
     sound: bool,
+    kept: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[Receipt | None, list[Check]]:
     """The comparison, or the reason why there is none."""
     if not sound:
@@ -175,7 +179,7 @@ def _receipt(
     padding = config.get("pad_token_id")
     texts = sequences(tokenizer, document, tokens, longest, vocabulary, padding)
     try:
-        return compare(against, checkpoint, texts, stated), []
+        return compare(against, checkpoint, texts, stated, kept), []
     except ShortageError as e:
         return None, [Check("receipt", "skip", f"NOT MEASURED: {e}")]
     except Exception as e:  # whatever a model class raises, the finding is the same
@@ -200,6 +204,22 @@ def _stated(record: Mapping[str, Any]) -> Preservation:
             f"{HISTORY_NAME} states no preservation class that this version knows: {e}",
             hint="Remove the file to validate without it.",
         ) from e
+
+
+def _kept(record: Mapping[str, Any], against: TensorSource) -> dict[int, list[int]] | None:
+    """Layer → experts, if the record is of a pruning of just this source; nobody vouches for it."""
+    decided, sources = record.get("decided"), record.get("sources")
+    kept = decided.get("kept") if isinstance(decided, Mapping) else None
+    if record.get("operation") != "prune" or not isinstance(kept, Mapping):
+        return None
+    if not isinstance(sources, list) or not sources or not isinstance(sources[0], Mapping):
+        return None
+    if sources[0].get("digest") != against.digest():
+        return None
+    try:
+        return {int(layer): [int(e) for e in ids] for layer, ids in kept.items()}
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{HISTORY_NAME} names kept experts that are no numbers") from e
 
 
 def _versions() -> dict[str, str]:

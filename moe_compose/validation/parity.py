@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource, common_dtype
 from moe_compose.surgery.plan import Preservation
+from moe_compose.validation.masked import Kept, Masked, masking
 from moe_compose.validation.memory import require
 from moe_compose.validation.report import Agreement, Receipt
 from moe_compose.validation.rounded import Rounded
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from moe_compose.runtime import Runner
+    from moe_compose.runtime import OnLayer, Runner
 
     Logits = np.memmap[tuple[int, int], np.dtype[np.float32]]
 
@@ -53,6 +54,7 @@ def compare(
     result: TensorSource,
     texts: Sequences,
     stated: Preservation,
+    kept: Kept | None = None,
 ) -> Receipt:
     """Run both models over `texts` and hold the result to the class its plan stated.
 
@@ -61,9 +63,12 @@ def compare(
         result: what is held to it; a checkpoint, or a plan.
         texts: token ids, the same for both.
         stated: the plan's preservation class.
+        kept: layer → experts that a pruned result has: it is also held to the source with only
+            these in reach.
 
     Raises:
         ShortageError: too little memory or disk for it here.
+        UnsupportedError: experts cannot be masked in this family.
     """
     from moe_compose.runtime import Runner
 
@@ -71,25 +76,40 @@ def compare(
     reference = source if stated.rounding is None else Rounded(source, stated.rounding)
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(model: TensorSource, dtype: str, name: str) -> Logits:
-            return run_model(Runner(model, dtype=dtype), texts, Path(folder) / name)
+        def run(model: TensorSource, dtype: str, name: str, **how: Any) -> Logits:
+            return run_model(Runner(model, dtype=dtype), texts, Path(folder) / name, **how)
+
+        def run_masked(dtype: str, found: Logits, kept: Kept) -> Agreement:
+            how = {"on_layer": masking(source, kept)}
+            return agree(dtype, run(Masked(source, kept), dtype, "masked", **how), found, texts)
 
         exact = run(reference, "float32", "reference")
         found = run(result, "float32", "result")
         agreements = [agree("float32", exact, found, texts)]
+        masked = None if kept is None else run_masked("float32", found, kept)
+        if kept and masked and masked.relative_error > stated.tolerance:
+            # perhaps a tie of router logits, which fp32 breaks otherwise
+            masked = run_masked("float64", run(result, "float64", "result"), kept)
         if narrow != "float32":
             low = run(source, narrow, "low")
             noise = agree(narrow, exact, low, texts)
             measured = agree(narrow, low, run(result, narrow, "result"), texts)
             agreements.append(replace(measured, noise=noise.median_error, noise_top1=noise.top1))
     met, verdict = judge(agreements, stated, texts.tokens)
+    if masked is not None:
+        same, text = judge_masked(masked, stated.tolerance)
+        met, verdict = met and same, f"{text}; {verdict}"
     return Receipt(
-        source.label, texts.name, texts.tokens, tuple(agreements), str(stated), met, verdict
+        source.label, texts.name, texts.tokens, tuple(agreements), str(stated), met, verdict, masked
     )
 
 
-def run_model(runner: Runner, texts: Sequences, file: Path) -> Logits:
+def run_model(
+    runner: Runner, texts: Sequences, file: Path, on_layer: OnLayer | None = None
+) -> Logits:
     """Logits over all sequences, fp32 `[tokens, vocabulary]`, backed by `file`.
+
+    `on_layer` is the runner's: what is done while a layer is there.
 
     Raises:
         ShortageError: too little memory or disk for it here.
@@ -104,7 +124,7 @@ def run_model(runner: Runner, texts: Sequences, file: Path) -> Logits:
     def take(index: int, rows: torch.Tensor) -> None:
         logits[starts[index] : starts[index + 1]] = rows[0].float().numpy()
 
-    runner.run(texts.ids, logits=take)
+    runner.run(texts.ids, logits=take, on_layer=on_layer)
     return logits
 
 
@@ -182,3 +202,12 @@ def judge(agreements: Sequence[Agreement], stated: Preservation, tokens: int) ->
         met = met and near and 1 - a.top1 <= allowed
         figures += f"; {a.dtype} {a.median_error:.1e} (own noise {a.noise:.1e})"
     return met, f"{figures}; {change}"
+
+
+def judge_masked(masked: Agreement, tolerance: float) -> tuple[bool, str]:
+    """Is the result the source with experts masked, and in one sentence, how far from it?"""
+    same = math.isfinite(masked.relative_error) and masked.relative_error <= tolerance
+    figures = f"relative error {masked.relative_error:.1e}, limit {tolerance:.0e}, {masked.dtype}"
+    if same:
+        return True, f"exactly the source with the removed experts masked ({figures})"
+    return False, f"NOT the source with the removed experts masked ({figures})"

@@ -73,6 +73,8 @@ class Receipt:
         stated: the preservation class that the plan stated, in words.
         met: whether the measurement meets it.
         verdict: why, in one sentence with figures.
+        masked: of a pruned result, the comparison with the source whose removed experts are masked
+            out of its routers.
     """
 
     against: str
@@ -82,6 +84,7 @@ class Receipt:
     stated: str
     met: bool
     verdict: str
+    masked: Agreement | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moe_compose as mc
 from moe_compose.calibration.criteria import worth
+from moe_compose.calibration.pruning import super_experts
 from moe_compose.calibration.tokens import TokenSet
 from moe_compose.routing import top_indices
 
@@ -109,3 +111,37 @@ def test_measures(oracle: dict, stats: mc.ExpertStats, layer: int) -> None:
 def test_kept_sets(oracle: dict, stats: mc.ExpertStats, theirs: str, ours: str) -> None:
     for layer, kept in oracle["pruned"][theirs]["kept"].items():
         assert sorted(top_indices(worth(stats, int(layer), ours), 4).tolist()) == kept
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PRUNED.items())
+def test_pruned(
+    oracle: dict,
+    model: mc.Checkpoint,
+    stats: mc.ExpertStats,
+    theirs: str,
+    ours: str,
+    tmp_path: Path,
+) -> None:
+    """What is kept, and what the pruned model says; and another one says something else."""
+    expected = oracle["pruned"][theirs]
+    options = mc.PruneOptions(ratio=0.5, criterion=ours, super_experts="ignore")
+    plan = mc.prune(model, stats, options)
+    assert plan.decided["kept"] == expected["kept"]
+    written = mc.write(plan, tmp_path / "pruned")
+    batch = oracle["batches"][0]
+    ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+    pruned = AutoModelForCausalLM.from_pretrained(written.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        probe = pruned(input_ids=ids, attention_mask=mask).logits[0, -1, :8]
+    torch.testing.assert_close(probe, torch.tensor(expected["logits_probe"]), rtol=0, atol=5e-6)
+    assert (probe - torch.tensor(oracle["logits_probe"])).abs().max() > 1e-2
+
+
+def test_super_expert(oracle: dict, stats: mc.ExpertStats) -> None:
+    """By their table: it has the largest signed value, ours the largest absolute one."""
+    layers = {}
+    for layer, sums in stats.layers.items():
+        peaks = torch.tensor(oracle["stats_renorm_True"][str(layer)]["max_activations"])
+        layers[layer] = replace(sums, peak_HCE=peaks.double().expand_as(sums.peak_HCE))
+    found = super_experts(replace(stats, layers=layers), 3)
+    assert [[i, e] for i, x in found.items() for e in x] == oracle["super_experts_renorm_True"]

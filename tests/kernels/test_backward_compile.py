@@ -1,7 +1,7 @@
 """Every kernel of the backward compiles for every accelerator of its table, within its limits.
 
-    pytest tests/kernels/test_backward_compile.py            one case of each kernel
-    pytest tests/kernels/test_backward_compile.py -m slow    all; prints the registers with -s
+    pytest tests/kernels/test_backward_compile.py            every configuration, in one layout
+    pytest tests/kernels/test_backward_compile.py -m slow    in all; prints the registers with -s
 
 Gates as in `test_compile.py`, and the forward's products as the backward uses them: with z stored,
 with a low-rank addition, and `down` with the strides of the first matrix.
@@ -268,8 +268,16 @@ def check_all(jobs: Iterator[Job], *, odd: bool = False) -> None:
     assert faults == []
 
 
-def test_one_case_of_each_kernel():
-    check_all(one_of_each("sm_90", HALF["sm_90"][0][1], configs.HALF["sm_90"][0][1]))
+def test_every_configuration_in_one_layout():
+    """With the forward's tiles as often as both tables have entries."""
+    pairs = [
+        (arch, backward, forward)
+        for arch in TARGETS
+        for (_, backward), (_, forward) in zip(HALF[arch], configs.HALF[arch], strict=False)
+    ]
+    check_all(job for pair in pairs for job in one_of_each(*pair))
+    left = [(a, c) for a in TARGETS for _, c in HALF[a][len(configs.HALF[a]) :]]
+    check_all(job for a, c in left for job in one_of_each(a, c, configs.HALF[a][0][1]))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Every shipped kernel compiles for every accelerator of the table, within its limits; no GPU.
 
-    pytest tests/kernels/test_compile.py            some for three accelerators
-    pytest tests/kernels/test_compile.py -m slow    all; prints the table of registers with -s
+    pytest tests/kernels/test_compile.py            every configuration, in one layout
+    pytest tests/kernels/test_compile.py -m slow    in all; prints the table of registers with -s
 
 Gates (`tests/support/aot.py`): no spilled registers (stack ≤ 32 bytes), shared memory within the
 accelerator's, its largest matrix instructions where tiles are large enough, asynchronous copies, no
@@ -10,7 +10,10 @@ atomics.
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -149,11 +152,22 @@ def check_all(jobs: list[Job]) -> None:
     assert faults == []
 
 
-def test_some_of_each_kind():
+def test_every_configuration_in_one_layout():
     layout = LAYOUTS["concatenated"]
-    large = [next(products(arch, HALF[arch][0][1], layout)) for arch in ("sm_90", "gfx942")]
-    small = list(products("sm_80", HALF["sm_80"][-1][1], layout))
-    check_all([*large, *small, *sort_and_combine("sm_90")])
+    jobs = [j for a in TARGETS for c in configs(a) for j in products(a, c, layout)]
+    check_all([*jobs, *(j for arch in TARGETS for j in sort_and_combine(arch))])
+
+
+def test_every_kernel_that_is_launched_is_compiled_here():
+    """`module.kernel[grid](...)` in the library; `module.kernel` in the compile tests."""
+    launched = set()
+    for path in Path(triton_sort.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value).split(".")[-1])
+    tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*compile.py"))
+    assert len(launched) >= 14
+    assert {name for name in launched if not re.search(rf"\.{name}\b", tests)} == set()
 
 
 @pytest.mark.slow

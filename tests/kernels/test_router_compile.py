@@ -1,6 +1,6 @@
 """The router's and the saliency kernels compile for every accelerator of the table; no GPU.
 
-    pytest tests/kernels/test_router_compile.py            some for one accelerator
+    pytest tests/kernels/test_router_compile.py            one scheme, for every accelerator
     pytest tests/kernels/test_router_compile.py -m slow    all
 
 The gates are those of `tests/support/aot.py`; the second product is compiled without its output.
@@ -121,8 +121,9 @@ def check_all(jobs: list[Job]) -> None:
     assert faults == []
 
 
-def test_some_for_hopper():
-    check_all([*routers("sm_90", some=slice(1, 2)), *list(sums("sm_90", 128))[2:]])
+def test_one_scheme_everywhere():
+    jobs = [j for arch in ARCHS for j in routers(arch, some=slice(1, 2))]
+    check_all([*jobs, *list(sums("sm_90", 128))[2:]])
 
 
 @pytest.mark.slow

@@ -1,0 +1,99 @@
+"""`config.json` after experts were selected: their count under all its names, and lists of modules
+of a quantised checkpoint that name experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_compose.architectures import Architecture, all_architectures
+from moe_compose.surgery.roles import NUMBERED, Roles
+
+#: Where a config says how its checkpoint is quantised.
+_QUANTISED = ("quantization_config", "compression_config")
+
+#: What only a pattern has, and no name of a module.
+_PATTERN = re.compile(r"^re:|[\\*\[\]()^$|+?]")
+
+
+def with_count(config: Mapping[str, Any], form: Architecture, count: int) -> dict[str, Any]:
+    """The config with another number of experts, under every name that any family has for it and
+    that is there with the old number.
+
+    Args:
+        config: the source's.
+        form: its family's.
+        count: routed experts per layer.
+    """
+    edited: dict[str, Any] = copy.deepcopy(dict(config))
+    before = form.num_experts.get(config)
+    after = [count] * len(before) if isinstance(before, list | tuple) else count
+    if after == before:
+        return edited
+    form.num_experts.edit(edited, after)
+    keys = (f.num_experts for f in all_architectures().values() if f.is_moe)
+    for name in {n for key in keys for n in (key.name, *key.aliases)}:
+        if edited.get(name) == before:
+            edited[name] = after
+    return edited
+
+
+def without_mtp(config: dict[str, Any], form: Architecture) -> None:
+    """Say in place that there are no layers of multi-token prediction."""
+    present = [key for key in form.mtp_count if key.name in config]
+    for key in present or form.mtp_count[:1]:
+        key.edit(config, 0)
+
+
+def rename_modules(
+    config: dict[str, Any], roles: Roles, blocks: Mapping[str, Sequence[int]]
+) -> Iterator[str]:
+    """Rewrite in place the names of experts in lists of what is, or is not, quantised.
+
+    Args:
+        config: of the result.
+        roles: of the checkpoint's form.
+        blocks: block → old ids of its experts, in their new order.
+
+    Yields:
+        Names that cannot be rewritten, and why.
+    """
+    problems: list[str] = []
+
+    def renamed(text: str) -> list[str]:
+        if _PATTERN.search(text):
+            if re.search(r"experts?[^A-Za-z_]*\d", text):
+                problems.append(f"{text!r} names experts by a pattern")
+            return [text]
+        if not NUMBERED.search(text):
+            return [text]
+        role = roles.of(text)
+        ids = None if role is None or role.kind != "expert" else _ids(role.block, blocks)
+        if role is None or ids is None:
+            problems.append(f"{text!r} names an expert of no layer that has any")
+            return [text]
+        return [role.renamed(new) for new, old in enumerate(ids) if old == role.expert]
+
+    def rewritten(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {name: rewritten(value) for old, value in node.items() for name in renamed(old)}
+        if isinstance(node, list):
+            parts = (renamed(x) if isinstance(x, str) else [rewritten(x)] for x in node)
+            return [part for found in parts for part in found]
+        return node
+
+    for entry in _QUANTISED:
+        if entry in config:
+            config[entry] = rewritten(config[entry])
+    yield from problems
+
+
+def _ids(named: str, blocks: Mapping[str, Sequence[int]]) -> Sequence[int] | None:
+    """The selection of a block that a config names, with or without a prefix of its own."""
+    for block, ids in blocks.items():
+        if block == named or block.endswith(f".{named}") or named.endswith(f".{block}"):
+            return ids
+    return None
