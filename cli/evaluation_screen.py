@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -61,11 +62,13 @@ def _layers(found: Evaluation) -> RenderableType:
     """All layers, or as many as fit, evenly."""
     step = -(-len(found.layers) // SHOWN)
     shown = [x for x in found.layers if x.layer % step == 0 or x is found.layers[-1]]
-    most = max(max(x.error for x in found.layers), 1e-300)
-    rows = [
-        (str(x.layer), f"{x.error:.1e}", Text("█" * round(24 * x.error / most), style="cyan"))
-        for x in shown
-    ]
+    finite = [x.error for x in found.layers if math.isfinite(x.error)]
+    most = max(finite, default=0.0) or 1.0
+
+    def bar(error: float) -> str:
+        return "█" * round(24 * error / most) if math.isfinite(error) else "not finite"
+
+    rows = [(str(x.layer), f"{x.error:.1e}", Text(bar(x.error), style="cyan")) for x in shown]
     return _indented(grid_of(("layer", "error", ""), rows))
 
 

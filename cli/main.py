@@ -23,8 +23,10 @@ from .commands.calibrate import calibrate
 from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.ls import ls
+from .commands.merge import merge
 from .commands.plot import plot
 from .commands.prune import prune
+from .commands.sweep import sweep
 from .commands.tune import tune
 from .commands.upcycle import upcycle
 from .commands.validate import validate
@@ -39,7 +41,19 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, upcycle, prune, calibrate, validate, evaluate, tune, plot, ls):
+for command in (
+    inspect,
+    upcycle,
+    prune,
+    merge,
+    sweep,
+    calibrate,
+    validate,
+    evaluate,
+    tune,
+    plot,
+    ls,
+):
     app.command()(command)
 
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from moe_compose import kernels as kernels
     from moe_compose.calibration.aimer import rank_by_weights
     from moe_compose.calibration.calibrate import calibrate
+    from moe_compose.calibration.merging import group_and_align, merge
     from moe_compose.calibration.options import CalibrateOptions
     from moe_compose.calibration.pruning import prune
+    from moe_compose.calibration.sequence import merge_in_sequence
     from moe_compose.calibration.stats import ExpertStats
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.errors import (
@@ -33,15 +35,24 @@ if TYPE_CHECKING:
         WriteError,
     )
     from moe_compose.evaluation import EvaluateOptions, Evaluation, evaluate
+    from moe_compose.recovery.options import RefitOptions
+    from moe_compose.recovery.refit import refit
     from moe_compose.reporting.card import model_card
     from moe_compose.reporting.inspect import inspect
     from moe_compose.reporting.inspection import Inspection
     from moe_compose.reporting.publish import record_validation, write
+    from moe_compose.surgery.groups import ExpertGroups, Grouping
+    from moe_compose.surgery.merge_options import MergeOptions
     from moe_compose.surgery.plan import Plan
     from moe_compose.surgery.prune_options import PruneOptions
     from moe_compose.surgery.ranking import Ranking
+    from moe_compose.surgery.replace import Changed, replace_tensors
     from moe_compose.surgery.upcycle import upcycle
     from moe_compose.surgery.upcycle_options import UpcycleOptions
+    from moe_compose.tradeoff.fewest import fewest
+    from moe_compose.tradeoff.options import SweepOptions
+    from moe_compose.tradeoff.result import Sweep
+    from moe_compose.tradeoff.sweep import sweep
     from moe_compose.validation import validate
     from moe_compose.validation.report import ValidationReport
 
@@ -64,9 +75,23 @@ _HOME = {
     "prune": "calibration.pruning",
     "Ranking": "surgery.ranking",
     "rank_by_weights": "calibration.aimer",
+    "MergeOptions": "surgery.merge_options",
+    "merge": "calibration.merging",
+    "merge_in_sequence": "calibration.sequence",
+    "group_and_align": "calibration.merging",
+    "ExpertGroups": "surgery.groups",
+    "Grouping": "surgery.groups",
+    "Changed": "surgery.replace",
+    "replace_tensors": "surgery.replace",
+    "RefitOptions": "recovery.options",
+    "refit": "recovery.refit",
     "EvaluateOptions": "evaluation",
     "evaluate": "evaluation",
     "Evaluation": "evaluation",
+    "SweepOptions": "tradeoff.options",
+    "sweep": "tradeoff.sweep",
+    "Sweep": "tradeoff.result",
+    "fewest": "tradeoff.fewest",
     "model_card": "reporting.card",
     "MoeComposeError": "errors",
     "OptionError": "errors",
@@ -97,9 +122,23 @@ __all__ = [  # noqa: RUF022 - reading order
     "prune",
     "Ranking",
     "rank_by_weights",
+    "MergeOptions",
+    "merge",
+    "merge_in_sequence",
+    "group_and_align",
+    "ExpertGroups",
+    "Grouping",
+    "Changed",
+    "replace_tensors",
+    "RefitOptions",
+    "refit",
     "EvaluateOptions",
     "evaluate",
     "Evaluation",
+    "SweepOptions",
+    "sweep",
+    "Sweep",
+    "fewest",
     "model_card",
     "MoeComposeError",
     "OptionError",

@@ -20,6 +20,8 @@ LEVELS = [
     {"kernels", "runtime"},
     {"calibration"},
     {"evaluation"},
+    {"recovery"},
+    {"tradeoff"},
     {"validation"},
     {"reporting"},
     {""},
@@ -33,14 +35,19 @@ WORKER = {f"validation/forward_{name}.py" for name in ("worker", "model", "layer
 MEASURING = {
     f"calibration/{name}.py"
     for name in (
-        *("calibrate", "calls", "observe", "pairs", "residual", "router", "sampling"),
-        *("similarity", "stats", "files", "criteria", "aimer"),
+        *("calibrate", "calls", "observe", "once", "pairs", "ranks", "residual", "router"),
+        "sampling",
+        *("similarity", "stats", "files", "criteria", "losses", "aimer"),
+        *("grouping", "alignment", "sequence"),
     )
 }
 
+#: Only ever imported by a refit that runs.
+SOLVING = {f"recovery/{name}.py" for name in ("homes", "layer", "ridge")}
+
 #: Heavy packages, and the rooms (or single modules) that may import them at module level.
 HEAVY = {
-    "torch": {"routing", "kernels", "runtime", "evaluation", *WORKER, *MEASURING},
+    "torch": {"routing", "kernels", "runtime", "evaluation", *WORKER, *MEASURING, *SOLVING},
     "transformers": set(),
     "numpy": set(),
     "triton": {"kernels"},

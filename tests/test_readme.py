@@ -10,6 +10,7 @@ from moe_compose_cli.parameters import attribute_docs, flag_of
 from moe_compose.architectures import all_architectures
 from moe_compose.calibration.options import CalibrateOptions
 from moe_compose.evaluation.options import EvaluateOptions
+from moe_compose.surgery.merge_options import MergeOptions
 from moe_compose.surgery.prune_options import PruneOptions
 from moe_compose.surgery.upcycle_options import METHODS, UpcycleOptions
 
@@ -18,7 +19,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "options", [UpcycleOptions, CalibrateOptions, PruneOptions, EvaluateOptions]
+    "options", [UpcycleOptions, CalibrateOptions, PruneOptions, MergeOptions, EvaluateOptions]
 )
 def test_option_tables_are_the_dataclasses(options):
     docs = attribute_docs(options)

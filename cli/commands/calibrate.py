@@ -12,6 +12,7 @@ from moe_compose.calibration.options import CalibrateOptions
 
 from ..output import out
 from ..parameters import Domains, Json, Overwrite, Quiet, Texts, with_options
+from ..processes import joined, together
 
 if TYPE_CHECKING:
     from moe_compose.calibration.stats import ExpertStats
@@ -39,9 +40,17 @@ def calibrate(
 
     The model is streamed a layer at a time, so it may be far larger than memory. Pruning and
     merging take the statistics; one calibration serves every criterion and ratio.
+
+    Several devices or hosts: torchrun --nproc-per-node N -m moe_compose_cli calibrate ... gives
+    each process its part of the text.
     """
     out.configure(as_json=as_json, quiet=quiet)
-    found = _calibrate(source, stats, options, domains, data, resume, overwrite)
+    with joined() as first:
+        if not first:
+            out.configure(quiet=True)
+        found = _calibrate(source, stats, options, domains, data, resume, overwrite)
+    if not first:
+        return
     from moe_compose.calibration.summary import to_json
 
     from ..stats_screen import stats_screen
@@ -65,16 +74,16 @@ def _calibrate(
 ) -> ExpertStats:
     from moe_compose.calibration.data import parse_domains, read_domains
     from moe_compose.calibration.resume import check_place
-
-    options.check()
-    check_place(stats, resume=resume, overwrite=overwrite)
-    texts = read_domains(
-        parse_domains(domains, data)
-    )  # what is wrong is said before torch is there
-    from moe_compose.calibration.calibrate import calibrate
     from moe_compose.checkpoint.reader import Checkpoint
 
-    checkpoint = Checkpoint.open(source)
+    with together() as first:  # what is wrong is said before torch is there
+        options.check()
+        if first:
+            check_place(stats, resume=resume, overwrite=overwrite)
+        texts = read_domains(parse_domains(domains, data))
+        checkpoint = Checkpoint.open(source)
+    from moe_compose.calibration.calibrate import calibrate
+
     out.interrupted = "Finished layers are kept: the same command with --resume continues."
     with out.counting(f"measuring {checkpoint.label}", "tokens × layers") as count:
         found = calibrate(

@@ -34,6 +34,7 @@ OutFile = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the finished rounds beside --out.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out.")]
 
 
 @with_options(EvaluateOptions)
@@ -45,6 +46,7 @@ def evaluate(
     data: Texts = [],  # noqa: B006
     out_file: OutFile = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -52,15 +54,19 @@ def evaluate(
 
     The model is streamed a layer at a time, so it may be far larger than memory. With --against
     both run side by side: KL, overlap and top-1 agreement of their predictions, how far each
-    layer's output is off, and where greedy decoding parts ways.
+    layer's output is off, and where greedy decoding parts ways. Exit code 3: the loss is not
+    finite.
     """
     out.configure(as_json=as_json, quiet=quiet)
-    found = _evaluate(source, options, against, domains, data, out_file, resume)
+    found = _evaluate(source, options, against, domains, data, out_file, resume, overwrite)
     from ..evaluation_screen import evaluation_screen
 
     out.show(evaluation_screen(found))
     line = f"{found.overall.loss:.6f}"
     out.result(found.to_json(), line if found.overall.kl is None else f"{found.overall.kl:.6e}")
+    if not found.finite:
+        out.warn("the loss is not finite: a weight is NaN or infinite, or overflows in this dtype")
+        raise typer.Exit(3)
 
 
 def _evaluate(
@@ -71,6 +77,7 @@ def _evaluate(
     data: list[str],
     out_file: Path | None,
     resume: bool,
+    overwrite: bool,
 ) -> Evaluation:
     from moe_compose.calibration.data import parse_domains, read_domains
     from moe_compose.checkpoint.copying import write_file
@@ -81,9 +88,8 @@ def _evaluate(
 
     if resume and out_file is None:
         raise OptionError("--resume needs --out", hint="Finished rounds are kept beside that file.")
+    _check_place(out_file, overwrite)
     keep = None if out_file is None else out_file.with_name(f"{out_file.name}.partial")
-    if out_file is not None and not out_file.absolute().parent.is_dir():
-        raise OptionError(f"--out ({out_file}) lies in a folder that does not exist")
     texts = read_domains(parse_domains(domains, data))
     checkpoint = Checkpoint.open(source)
     reference = None if against is None else Checkpoint.open(against)
@@ -104,3 +110,17 @@ def _evaluate(
     if out_file is not None:
         write_file(out_file, encode(found.to_json()))
     return found
+
+
+def _check_place(out_file: Path | None, overwrite: bool) -> None:
+    """Whether the figures may be written there; asked before anything takes long."""
+    from moe_compose.errors import OptionError
+
+    if out_file is None:
+        return
+    if not out_file.name or out_file.is_dir():
+        raise OptionError(f"--out ({out_file}) is a folder", hint="Name a file: figures.json.")
+    if not out_file.absolute().parent.is_dir():
+        raise OptionError(f"--out ({out_file}) lies in a folder that does not exist")
+    if out_file.exists() and not overwrite:
+        raise OptionError(f"--out ({out_file}) is there", hint="Replace it with --overwrite.")

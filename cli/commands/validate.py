@@ -55,6 +55,7 @@ def validate(
     out.configure(as_json=as_json, quiet=quiet)
     from moe_compose import validation
     from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.errors import WriteError
     from moe_compose.reporting.publish import record_validation
 
     from ..screens import report_screen
@@ -65,15 +66,18 @@ def validate(
         report = validation.validate(
             checkpoint, against=source, data=data, tokens=tokens, forward_seconds=forward_seconds
         )
-    kept = None
-    if checkpoint.revision is None:  # the Hub's cache is nobody's to write into
-        kept = record_validation(checkpoint, None, report)
-        if kept is None:
-            out.hint(
-                "validation.json holds a comparison with the source and is kept; "
-                "renew it with --against SOURCE."
-            )
     out.show(report_screen(report))
     out.result(report.to_json(), "ok" if report.ok else "not ok")
+    if checkpoint.revision is None:  # the Hub's cache is nobody's to write into
+        try:
+            kept = record_validation(checkpoint, None, report)
+        except WriteError as e:
+            out.warn(f"{e.message}: the findings are not kept")
+        else:
+            if kept is None:
+                out.hint(
+                    "validation.json holds a comparison with the source and is kept; "
+                    "renew it with --against SOURCE."
+                )
     if not report.ok:
         raise typer.Exit(3)

@@ -2,18 +2,21 @@
 
 One pass, layer by layer: all text goes through a layer before the next one is read, and what was
 measured of a layer is finished, and on the disk, when the layer is left.
+
+Inside of an initialised torch.distributed each process takes its part of the sequences, and every
+layer's sums are added when it is left (`ranks.py`).
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moe_compose.architectures import MoE
 from moe_compose.calibration import files, similarity
@@ -22,6 +25,7 @@ from moe_compose.calibration.checks import check_layers, moe_of
 from moe_compose.calibration.data import Domain, domains_of
 from moe_compose.calibration.observe import Observer, Subject
 from moe_compose.calibration.options import CalibrateOptions
+from moe_compose.calibration.ranks import Ranks
 from moe_compose.calibration.record import Record, fingerprint, versions
 from moe_compose.calibration.resume import Partial, check_place
 from moe_compose.calibration.sampling import sample_of
@@ -43,7 +47,7 @@ class CalibrateProgress:
     """How far a calibration is.
 
     Attributes:
-        done: tokens measured, each layer counted.
+        done: tokens measured by this process, each layer counted.
         total: of how many.
         layer: the layer that runs.
         layers: decoder layers with experts.
@@ -77,48 +81,67 @@ def calibrate(
         progress: told after every batch.
 
     Returns:
-        The statistics; the same bytes in `output` however often the run was interrupted.
+        The statistics; the same bytes in `output` however often the run was interrupted. Among
+        several processes all return the same; the first one writes, tells of progress, and draws
+        the sample of similarities from its own part.
 
     Raises:
         OptionError: options or texts that cannot be meant; before the model is opened.
         UnsupportedError: a family whose experts cannot be watched; the reason is said.
         CheckpointError: tensors missing or of the wrong shape.
         WriteError: `output` is not free, or cannot be written.
+        MoeComposeError: another process failed.
 
     Example:
         >>> stats = calibrate(moe, {"en": english, "py": python})  # doctest: +SKIP
         >>> stats.dead(3)                                          # doctest: +SKIP
         ()
     """
-    options = (options or CalibrateOptions()).check()
-    place = None if output is None else Path(output)
-    if place is None and options.similarity:
-        raise OptionError(
-            "similarities take a folder: they are too large to be held",
-            hint="Pass output=..., or leave similarity out.",
-        )
-    if place is not None:
-        check_place(place, resume=resume, overwrite=overwrite)
+    ranks = Ranks()
+    with ranks.together():
+        options = (options or CalibrateOptions()).check()
+        place = None if output is None else Path(output)
+        if place is None and options.similarity:
+            raise OptionError(
+                "similarities take a folder: they are too large to be held",
+                hint="Pass output=..., or leave similarity out.",
+            )
+        if place is not None and ranks.first:
+            check_place(place, resume=resume, overwrite=overwrite)
+        run = _prepare(source, texts, options, ranks)
+        partial = None
+        if place is not None and ranks.first:
+            partial = Partial(place, run.job(), similarity=options.similarity)
+            run.layers = partial.begin(resume=resume, overwrite=overwrite)
+        run.layers = ranks.gather(run.layers)[0]
+        run.through(partial, progress if ranks.first else None)
+        return _kept(run, partial, ranks)
+
+
+def _prepare(source: TensorSource, texts: Texts, options: CalibrateOptions, ranks: Ranks) -> _Run:
+    """All that can go wrong before anything is read."""
     moe = moe_of(source)
     tokens = tokens_of(source, texts, options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ranks.device()
     dtype = options.dtype or _dtype(source, device)
     runner = Runner(source, dtype=dtype, device=device)
     check_layers(runner, moe, source, options)
-    run = _Run(source, moe, tokens, options, runner, dtype)
-    partial = None
-    if place is not None:
-        partial = Partial(place, run.job(), similarity=options.similarity)
-        run.layers = partial.begin(resume=resume, overwrite=overwrite)
-    run.through(partial, progress)
+    return _Run(source, moe, tokens, options, runner, dtype, ranks)
+
+
+def _kept(run: _Run, partial: Partial | None, ranks: Ranks) -> ExpertStats:
+    """What was measured, brought to its place by the first process."""
     layers = dict(sorted(run.layers.items()))
-    if partial is None or place is None:
-        return ExpertStats(record=run.record(), layers=layers)
-    alike = {similarity.file_of(i) for i in layers} if options.similarity else set()
-    size = sum((partial.path / name).stat().st_size for name in alike)
-    files.write_tables(ExpertStats(record=run.record(size), layers=layers), partial.path)
-    files.finish(partial.path, place, {files.TABLES, files.RECORD, *alike})
-    return files.load(place)
+    alike = {similarity.file_of(i) for i in layers} if partial and partial.similarity else set()
+    size = sum((partial.path / name).stat().st_size for name in alike) if partial else 0
+    record = ranks.gather(run.record(size) if ranks.first else None)[0]
+    assert record is not None
+    stats = ExpertStats(record=record, layers=layers)
+    if partial is None:
+        return stats
+    files.write_tables(stats, partial.path)
+    files.finish(partial.path, partial.folder, {files.TABLES, files.RECORD, *alike})
+    return files.load(partial.folder)
 
 
 def tokens_of(source: TensorSource, texts: Texts, options: CalibrateOptions) -> TokenSet:
@@ -160,12 +183,15 @@ class _Run:
         options: CalibrateOptions,
         runner: Runner,
         dtype: str,
+        ranks: Ranks,
     ) -> None:
         self._source, self._moe, self._tokens = source, moe, tokens
         self._options, self._runner, self._dtype = options, runner, dtype
-        self._rows = tokens.batches(options.batch)
-        wanted = options.sample if options.similarity else 0
-        self._sampled = min(wanted, sum(tokens.tokens.values()))
+        self._ranks = ranks
+        self._part = tokens.part(ranks.rank, ranks.size) if ranks.size > 1 else tokens
+        self._rows = self._part.batches(options.batch)
+        wanted = options.sample if options.similarity and ranks.first else 0
+        self._sampled = min(wanted, sum(self._part.tokens.values()))
         self.layers: dict[int, LayerStats] = {}
 
     def job(self) -> dict[str, Any]:
@@ -176,6 +202,7 @@ class _Run:
             "weights": [[s.st_size, s.st_mtime_ns] for s in stats],
             "text": self._tokens.digest(),
             "batch": self._options.batch,
+            "processes": self._ranks.size,
             "dtype": self._dtype,
             "device": self._runner.device.type,
             "sample": self._sampled,
@@ -226,7 +253,7 @@ class _Run:
             sample=sample_of(self._rows, self._sampled, self._tokens.seed),
             sampled=self._sampled,
         )
-        each = sum(self._tokens.tokens.values())
+        each = sum(self._part.tokens.values())
         done = each * len(self.layers)
 
         def tick(count: int, layer: int) -> None:
@@ -250,12 +277,15 @@ class _Run:
         self._runner.run([r.batch for r in self._rows], on_layer=on_layer)
 
     def _finish(self, layer: Layer, observer: Observer, partial: Partial | None) -> None:
-        """A layer is about to be left: its similarities, then its sums, which say it is done."""
-        found = observer.result()
+        """A layer is about to be left: its similarities, then everybody's sums, which say it is
+        done.
+        """
+        own = observer.result()
         if self._sampled and partial is not None and observer.inputs_SD is not None:
             path = partial.path / similarity.file_of(layer.index)
             experts = self._moe.num_experts
             similarity.gather(layer.experts, experts, observer.inputs_SD, observer.logits_SE, path)
+        found = reduce(operator.add, self._ranks.gather(own))
         if partial is not None:
             partial.keep(layer.index, found)
         self.layers[layer.index] = found

@@ -11,7 +11,7 @@ Shape suffixes: T tokens of a batch, padding included, D model, E experts, K top
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_compose.architectures import MoE
+from moe_compose.calibration.once import Once
 from moe_compose.calibration.pairs import Pairs, experts_of, measure
 from moe_compose.runtime import Layer
+
+#: Which tokens of a batch: a bool `[T]`, or all of them.
+Kept = Tensor | slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Call:
         ids_TK: the experts chosen.
         gates_TK: the dispatched weights.
         y_TD: what the routed experts return together.
-        pairs: ‖f‖ and max|f| of every pair, of the tokens that a bool `[T]` says.
+        pairs: ‖f‖ and max|f| of every pair, of the tokens that are wanted.
         applied: the weight multiplies the expert's output; otherwise f is the expert's output on
             its weighted input, and nothing multiplies it.
     """
@@ -41,7 +45,7 @@ class Call:
     ids_TK: Tensor  # noqa: N815
     gates_TK: Tensor  # noqa: N815
     y_TD: Tensor  # noqa: N815
-    pairs: Callable[[Tensor], Pairs]
+    pairs: Callable[[Kept], Pairs]
     applied: bool = True
 
 
@@ -72,31 +76,42 @@ def watching(layer: Layer, experts: nn.Module, moe: MoE, see: See) -> Iterator[N
         moe: what the config says of the experts.
         see: told of every call.
     """
-    if layer.experts is not None:
-        run = experts_of(experts)
-
-        def direct(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-            x, ids_TK, gates = (*args, *kwargs.values())[:3]
-            x_TD = x.reshape(-1, x.shape[-1])
-
-            def pairs(kept_T: Tensor) -> Pairs:
-                return measure(run, moe.num_experts, x_TD[kept_T], ids_TK[kept_T])
-
-            see(Call(x_TD, ids_TK, gates.reshape(ids_TK.shape), output.reshape(x_TD.shape), pairs))
-
-        handles = [experts.register_forward_hook(direct, with_kwargs=True)]
-    else:
-        assert layer.router is not None
-        scaled = _Scaled(moe, see)
-        handles = [
-            layer.router.register_forward_hook(scaled.route),
-            experts.register_forward_hook(scaled.run),
-        ]
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
+        if layer.experts is not None:
+            direct = _Direct(experts, moe, see)
+            stack.enter_context(direct.once.in_place())
+            handles = [experts.register_forward_hook(direct.run, with_kwargs=True)]
+        else:
+            assert layer.router is not None
+            scaled = _Scaled(moe, see)
+            handles = [
+                layer.router.register_forward_hook(scaled.route),
+                experts.register_forward_hook(scaled.run),
+            ]
         for handle in handles:
-            handle.remove()
+            stack.callback(handle.remove)
+        yield
+
+
+class _Direct:
+    """Experts that are given tokens, choices and weights."""
+
+    def __init__(self, experts: nn.Module, moe: MoE, see: See) -> None:
+        self._one, self._experts, self._see = experts_of(experts), moe.num_experts, see
+        self.once = Once(experts, moe.num_experts)
+
+    def run(self, module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        """The experts ran: what was measured meanwhile, or will be when it is asked for."""
+        x, ids_TK, gates = (*args, *kwargs.values())[:3]
+        x_TD, found = x.reshape(-1, x.shape[-1]), self.once.take()
+
+        def pairs(kept: Kept) -> Pairs:
+            if found is None:
+                return measure(self._one, self._experts, x_TD[kept], ids_TK[kept])
+            return Pairs(found.norm_TK[kept], found.peak_TK[kept])
+
+        y_TD = output.reshape(x_TD.shape)
+        self._see(Call(x_TD, ids_TK, gates.reshape(ids_TK.shape), y_TD, pairs))
 
 
 class _Scaled:
@@ -125,9 +140,9 @@ class _Scaled:
         gates_TK, ids_TK = scores_TE.topk(self._moe.top_k, dim=-1)
         f_ETD = output.reshape(self._moe.num_experts, *x_TD.shape)
 
-        def pairs(kept_T: Tensor) -> Pairs:
+        def pairs(kept: Kept) -> Pairs:
             tokens = torch.arange(len(x_TD), device=x_TD.device)[:, None]
-            f_TKD = f_ETD[ids_TK, tokens][kept_T]
+            f_TKD = f_ETD[ids_TK, tokens][kept]
             norms = torch.linalg.vector_norm(f_TKD, dim=-1, dtype=torch.float64)
             return Pairs(norms, f_TKD.abs().amax(-1).double())
 

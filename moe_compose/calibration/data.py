@@ -130,6 +130,8 @@ def domains_of(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> tuple[Doma
     for name, documents in by_name.items():
         if isinstance(documents, str):
             raise OptionError(f"domain {name} is one string; give a list of texts")
+        if odd := next((d for d in documents if not isinstance(d, str)), None):
+            raise OptionError(f"domain {name} holds a {type(odd).__name__} among its texts")
         if not any(d.strip() for d in documents):
             raise OptionError(f"domain {name} holds no text")
     return tuple(

@@ -52,7 +52,7 @@ def load(folder: Path) -> ExpertStats:
     Raises:
         CheckpointError: there are none, or they are damaged or of another format.
     """
-    if not is_stats(folder):
+    if not (folder / RECORD).is_file():
         hint = f"It must be a folder with {RECORD}, as moe-compose calibrate writes it."
         raise CheckpointError(f"{folder} holds no statistics of experts", hint=hint)
     try:
@@ -72,8 +72,12 @@ def load(folder: Path) -> ExpertStats:
 
 
 def is_stats(folder: Path) -> bool:
-    """Whether a folder is one of statistics."""
-    return (folder / RECORD).is_file()
+    """Whether a folder is one of statistics, and holds nothing else."""
+    if not (folder / RECORD).is_file():
+        return False
+    known = (RECORD, TABLES, "job.json")
+    ours = ("similarity-", "layer-")
+    return all(p.name in known or p.name.startswith(ours) for p in folder.iterdir())
 
 
 def write_layer(path: Path, stats: LayerStats) -> None:
@@ -111,12 +115,12 @@ def read_tables(path: Path) -> dict[str, Tensor]:
 def finish(partial: Path, folder: Path, keep: set[str]) -> None:
     """A folder that was filled beside its place comes to it, without what is not in `keep`."""
     with os_errors(f"write {folder}"):
-        for path in partial.iterdir():
-            if path.name not in keep:
-                path.unlink()
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
+        for path in folder.iterdir():
+            if path.name not in keep:
+                path.unlink()
         sync_folder(folder.parent)
 
 

@@ -1,8 +1,8 @@
 """One layer's experts, measured while text passes through them.
 
 What the model computes is not touched: hooks see what the experts are given (hidden states, chosen
-experts, dispatched weights: the model's own routing, whatever it is), and what the router was. The
-experts then run once more, each on its own tokens, for what their sum does not tell: ‖f‖.
+experts, dispatched weights: the model's own routing, whatever it is), and what the router was. What
+the experts' sum does not tell, ‖f‖, is taken while they run (`once.py`).
 
 The token weight of EASY-EP (2504.06792) is max(1 − cos(h, h + moe(h)), 0), with h the residual
 stream before the block and moe(h) what the routed experts return, as in its authors' code: shared
@@ -20,17 +20,20 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from moe_compose.architectures import MoE
 from moe_compose.calibration import calls
-from moe_compose.calibration.calls import Call
+from moe_compose.calibration.calls import Call, Kept
+from moe_compose.calibration.pairs import sizes
 from moe_compose.calibration.residual import Residual
 from moe_compose.calibration.router import RouterView, probabilities
 from moe_compose.calibration.stats import HALVES, MEASURES, LayerStats
 from moe_compose.calibration.tokens import Rows
-from moe_compose.errors import UnsupportedError
+from moe_compose.errors import CheckpointError, UnsupportedError
 from moe_compose.runtime import Layer
+
+#: Elements of the residual stream that are fp64 at a time: what a core's cache holds.
+_CACHED = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,7 @@ class Observer:
 
         Raises:
             UnsupportedError: some batch never reached the experts.
+            CheckpointError: the layer computes what is no number.
         """
         if self._seen != len(self._subject.rows):
             batches = f"{self._seen} of {len(self._subject.rows)} batches"
@@ -121,6 +125,11 @@ class Observer:
         if self._routers_seen != self._seen:
             router = ("probability_HCE", "entropy_HC", "agree_HC", "logit_E", "logit_EE")
             found = {name: t for name, t in found.items() if name not in router}
+        if not all(bool(t.isfinite().all()) for t in found.values()):
+            raise CheckpointError(
+                f"layer {self._layer.index} computes NaN or infinite values",
+                hint="moe-compose validate names bad tensors; or compute with --dtype float32.",
+            )
         return LayerStats(**found)
 
     def _see(self, call: Call) -> None:
@@ -131,24 +140,26 @@ class Observer:
                 f"layer {self._layer.index} gives its experts {len(call.x_TD)} tokens of a batch "
                 f"of {len(real_T)}; its statistics cannot be told by domain"
             )
+        kept = slice(None) if rows.batch.mask is None else real_T
         groups_T = (rows.half_B * self._subject.domains + rows.domain_B)[:, None]
-        groups_T = groups_T.expand(rows.batch.ids.shape).flatten().to(real_T.device)[real_T]
+        groups_T = groups_T.expand(rows.batch.ids.shape).flatten().to(real_T.device)[kept]
         h_TD = self._residual.before(call.x_TD)
         logits_TE = self._router.take(len(call.x_TD))
         self._take_sample(call.x_TD, logits_TE)
-        token_T = token_weight(h_TD[real_T], call.y_TD[real_T])
-        self._add_pairs(call, real_T, groups_T, token_T)
-        self._add_tokens(call.x_TD[real_T], call.ids_TK[real_T], groups_T)
+        token_T = token_weight(h_TD[kept], call.y_TD[kept])
+        self._add_pairs(call, kept, groups_T, token_T)
+        chosen_TE = _chosen(call.ids_TK[kept], self._rows)
+        self._add_tokens(call.x_TD[kept], chosen_TE, groups_T)
         if logits_TE is not None:
-            self._add_router(logits_TE[real_T], call.ids_TK[real_T], groups_T)
+            self._add_router(logits_TE[kept], chosen_TE, call.ids_TK.shape[1], groups_T)
         self._seen += 1
         self._tick(int(real_T.sum()))
 
-    def _add_pairs(self, call: Call, real_T: Tensor, groups_T: Tensor, token_T: Tensor) -> None:
+    def _add_pairs(self, call: Call, kept: Kept, groups_T: Tensor, token_T: Tensor) -> None:
         """The measures of the pairs."""
         experts, groups = self._subject.experts, self._subject.groups
-        ids_TK, gates_TK = call.ids_TK[real_T], call.gates_TK[real_T].double()
-        norm_TK, peak_TK = call.pairs(real_T)
+        ids_TK, gates_TK = call.ids_TK[kept], call.gates_TK[kept].double()
+        norm_TK, peak_TK = call.pairs(kept)
         gated_TK = gates_TK * norm_TK if call.applied else norm_TK
         values = (
             *(torch.ones_like(norm_TK), gates_TK, norm_TK, norm_TK.square()),
@@ -156,21 +167,23 @@ class Observer:
         )
         valid_TK = (ids_TK >= 0) & (ids_TK < experts)
         place = (groups_T[:, None] * experts + ids_TK)[valid_TK]
-        sums = torch.stack([_sum_at(v[valid_TK], place, groups * experts) for v in values])
-        self._add("sums_HCME", sums.view(len(MEASURES), groups, experts).transpose(0, 1))
+        sums = _sum_at(torch.stack(values, -1)[valid_TK], place, groups * experts)
+        self._add("sums_HCME", sums.view(groups, experts, len(MEASURES)).transpose(1, 2))
         peaks = _max_at(peak_TK[valid_TK], place, groups * experts).view(groups, experts)
         self._add("peak_HCE", peaks, largest=True)
 
-    def _add_tokens(self, x_TD: Tensor, ids_TK: Tensor, groups_T: Tensor) -> None:
+    def _add_tokens(self, x_TD: Tensor, chosen_TE: Tensor, groups_T: Tensor) -> None:
         """Which experts are chosen together, and how large their inputs are."""
-        chosen_TE = _chosen(ids_TK, self._rows)[:, : self._subject.experts]
+        chosen_TE = chosen_TE[:, : self._subject.experts]
         self._add("together_EE", (chosen_TE.T @ chosen_TE).double())
-        norm_T = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float64)
+        norm_T, _ = sizes(x_TD)
         self._add("input_HC", _sum_at(norm_T, groups_T, self._subject.groups))
         peak = _max_at(norm_T, groups_T, self._subject.groups)
         self._add("input_peak_HC", peak, largest=True)
 
-    def _add_router(self, logits_TE: Tensor, ids_TK: Tensor, groups_T: Tensor) -> None:
+    def _add_router(
+        self, logits_TE: Tensor, chosen_TE: Tensor, top_k: int, groups_T: Tensor
+    ) -> None:
         """Distribution, entropy, and whether the top-k of the logits are chosen."""
         experts, groups = self._subject.experts, self._subject.groups
         p_TE = probabilities(logits_TE, self._subject.moe.routing)[:, :experts]
@@ -179,8 +192,7 @@ class Observer:
         in_group_GT.scatter_(0, groups_T[None], 1.0)
         self._add("probability_HCE", in_group_GT @ p_TE)
         self._add("entropy_HC", in_group_GT @ torch.special.entr(p_TE).sum(-1))
-        best_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices
-        top_TE, chosen_TE = _chosen(best_TK, self._rows), _chosen(ids_TK, self._rows)
+        top_TE = _chosen(logits_TE.topk(top_k, dim=-1, sorted=False).indices, self._rows)
         agree_T = (top_TE * chosen_TE)[:, :experts].sum(-1).double()
         self._add("agree_HC", in_group_GT @ agree_T)
         z_TE = logits_TE[:, :experts].double()
@@ -216,12 +228,21 @@ def token_weight(h_TD: Tensor, y_TD: Tensor) -> Tensor:
         h_TD: the residual stream before the experts.
         y_TD: what they add.
     """
-    h_TD, y_TD = h_TD.double(), y_TD.double()
-    return (1 - cosine_similarity(h_TD, h_TD + y_TD, dim=-1, eps=1e-12)).clamp(min=0)
+    weight_T = torch.empty(len(h_TD), dtype=torch.float64, device=h_TD.device)
+    step = max(1, _CACHED // h_TD.shape[-1])
+    for start in range(0, len(h_TD), step):
+        h = h_TD[start : start + step].double()
+        after = h + y_TD[start : start + step]
+        lengths = torch.linalg.vector_norm(h, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
+        cosine = (h * after).sum(-1) / lengths.clamp(min=1e-300)
+        weight_T[start : start + step] = (1 - cosine).clamp(min=0)
+    return weight_T
 
 
 def _sum_at(values: Tensor, place: Tensor, size: int) -> Tensor:
-    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, place, values)
+    """The values `[N, ...]` that share a place, summed; `[size, ...]`."""
+    zeros = torch.zeros(size, *values.shape[1:], dtype=values.dtype, device=values.device)
+    return zeros.index_add_(0, place, values)
 
 
 def _max_at(values: Tensor, place: Tensor, size: int) -> Tensor:

@@ -77,7 +77,10 @@ def prune(
         assert options.ranking is not None
         ranking = Ranking.load(options.ranking)
     else:
+        from moe_compose.calibration.losses import with_losses
+
         ranking = rank(stats.check(source), options, form.layers.integer(source.config), moe)
+        return with_losses(prune_ranked(source, ranking, options), stats, options.criterion)
     return prune_ranked(source, ranking, options)
 
 

@@ -30,12 +30,17 @@ class Partial:
         folder: the place of the result.
         job: what is measured on what, plain values.
         similarity: whether each layer also has a file of similarities.
+
+    Attributes:
+        folder: the place of the result.
+        path: where it is made.
+        similarity: as given.
     """
 
     def __init__(self, folder: Path, job: Mapping[str, Any], *, similarity: bool) -> None:
         self.folder = folder
         self.path = partial_of(folder)
-        self._job, self._similarity = dict(job), similarity
+        self._job, self.similarity = dict(job), similarity
 
     def begin(self, *, resume: bool, overwrite: bool) -> dict[int, LayerStats]:
         """Make the folder, or take up what lies there; the layers that are finished.
@@ -67,7 +72,7 @@ class Partial:
         found = {}
         for path in sorted(self.path.glob("layer-*.safetensors")):
             layer = int(path.stem.partition("-")[2])
-            if not self._similarity or (self.path / file_of(layer)).is_file():
+            if not self.similarity or (self.path / file_of(layer)).is_file():
                 found[layer] = files.read_layer(path)
         return found
 
@@ -109,12 +114,13 @@ def check_place(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not files.is_stats(folder):
             raise WriteError(
-                f"{folder} is there, and holds no statistics", hint="Give another place."
+                f"{folder} is there, and holds something else than statistics",
+                hint="Give another place.",
             )
         if not overwrite:
             raise WriteError(f"{folder} is there already", hint="Replace it with --overwrite.")
-    if partial.is_dir() and not resume and not overwrite:
-        done = len(list(partial.glob("layer-*.safetensors")))
+    done = len(list(partial.glob("layer-*.safetensors"))) if partial.is_dir() else 0
+    if done and not resume and not overwrite:
         raise WriteError(
             f"a run into {folder.name} was interrupted after {done} layers",
             hint="Continue it with --resume, or start again with --overwrite.",

@@ -68,7 +68,7 @@ def evaluate(
     """
     options = options or EvaluateOptions()
     _check_vocabularies(source, against)
-    tokens = texts if isinstance(texts, TokenSet) else tokens_of(source, texts, options)
+    tokens = texts if isinstance(texts, TokenSet) else tokens_of(source, texts, options, against)
     kept = Kept(keep, key_of(source, against, tokens, options), resume=resume)
     pair = _Pair(source, against, options)
     total = pair.sums(tokens)
@@ -103,20 +103,22 @@ def tokens_of(
     source: TensorSource,
     texts: Sequence[Domain] | Mapping[str, Sequence[str]] | Sequence[str],
     options: EvaluateOptions,
+    against: TensorSource | None = None,
 ) -> TokenSet:
-    """Text as tokens of the source's own tokenizer.
+    """Text as tokens of the source's own tokenizer, in sequences that both models' contexts hold.
 
     Raises:
         OptionError: there is too little of it, or ids are beyond the vocabulary.
         UnsupportedError: the source has no tokenizer.
     """
-    ready = [x for x in texts if isinstance(x, Domain)]
-    words = texts if isinstance(texts, Mapping) else [x for x in texts if isinstance(x, str)]
+    whole = not isinstance(texts, Mapping | str) and all(isinstance(x, Domain) for x in texts)
+    contexts = [context_of(s.config) or options.seq_len for s in (source, against) if s is not None]
+    ready = [x for x in texts if isinstance(x, Domain)] if whole else []
     return tokenise(
-        ready or domains_of(words),
+        ready or domains_of(texts),  # type: ignore[arg-type]
         tokenizer_of(source),
         tokens=options.tokens,
-        seq_len=min(options.seq_len, context_of(source.config) or options.seq_len),
+        seq_len=min(options.seq_len, *contexts),
         seed=options.seed,
         vocabulary=vocabulary_of(source.config),
     )

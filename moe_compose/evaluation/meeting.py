@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from moe_compose.runtime import Batch, Layer, Runner
+from moe_compose.runtime import Batch, Layer, OnLayer, Runner
 
 #: Compares what both bring: batch, layer (None for logits), the reference's, the model's.
 Compare = Callable[[int, int | None, Tensor, Tensor], None]
@@ -46,7 +46,14 @@ class _Meeting:
 
 
 def run_beside(
-    reference: Runner, model: Runner, batches: Sequence[Batch], compare: Compare, *, layers: bool
+    reference: Runner,
+    model: Runner,
+    batches: Sequence[Batch],
+    compare: Compare,
+    *,
+    layers: bool,
+    logits: bool = True,
+    on_layer: tuple[OnLayer | None, OnLayer | None] = (None, None),
 ) -> None:
     """Run both over the same batches.
 
@@ -57,6 +64,8 @@ def run_beside(
         compare: called for every batch of every layer and for every batch's logits, from either
             thread, but never at the same time.
         layers: whether layers' outputs are compared; both must have as many.
+        logits: whether logits are; otherwise the runs end after the last layer.
+        on_layer: what else is done while a layer of the reference, or of the model, is there.
 
     Raises:
         BaseException: what either run raised.
@@ -65,14 +74,19 @@ def run_beside(
     errors: list[BaseException] = []
 
     def run(side: int, runner: Runner) -> None:
-        def logits(index: int, found: Tensor) -> None:
+        more = on_layer[side]
+
+        def take(index: int, found: Tensor) -> None:
             meeting.bring(side, (index, None), found)
 
-        def watch(layer: Layer) -> Any:
-            return _outputs(layer, lambda i, found: meeting.bring(side, (i, layer.index), found))
+        @contextmanager
+        def watch(layer: Layer) -> Iterator[None]:
+            bring = (lambda i, x: meeting.bring(side, (i, layer.index), x)) if layers else None
+            with (more and more(layer)) or nullcontext(), _outputs(layer, bring):
+                yield
 
         try:
-            runner.run(batches, on_layer=watch if layers else None, logits=logits)
+            runner.run(batches, on_layer=watch, logits=take if logits else None)
         except threading.BrokenBarrierError:
             pass  # the other side failed, and says why
         except BaseException as e:
@@ -90,8 +104,11 @@ def run_beside(
 
 
 @contextmanager
-def _outputs(layer: Layer, take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Give every batch's output of a layer to `take`."""
+def _outputs(layer: Layer, take: Callable[[int, Tensor], None] | None) -> Iterator[None]:
+    """Give every batch's output of a layer to `take`, if there is one."""
+    if take is None:
+        yield
+        return
 
     def hook(module: Any, args: Any, output: Any) -> None:
         take(layer.index_of_batch, output[0] if isinstance(output, tuple) else output)

@@ -32,8 +32,8 @@ class DomainScore:
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """`exp(loss)`; NaN for a loss that is none."""
+        return math.exp(self.loss) if not self.loss >= 700 else math.inf
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, perplexity included."""
@@ -97,6 +97,11 @@ class Evaluation:
     data: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every domain has a loss that is a number."""
+        return all(math.isfinite(score.loss) for score in self.domains.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ def choose(
     Raises:
         OptionError: what was asked for cannot run them.
     """
+    check_implementation(implementation)
     if implementation == "eager":
         return Choice(implementation="eager", reason="as asked")
     if implementation == "triton":
@@ -80,6 +81,16 @@ def choose(
         return Choice(implementation="grouped_mm", reason=no_triton)
     reasons = dict.fromkeys((no_triton, no_grouped))
     return Choice(implementation="eager", reason="; ".join(reasons))
+
+
+def check_implementation(asked: str, known: tuple[str, ...] = get_args(Implementation)) -> None:
+    """Refuse a word that names none.
+
+    Raises:
+        OptionError: so it is.
+    """
+    if asked not in known:
+        raise OptionError(f"implementation ({asked!r}) is none of {', '.join(known)}")
 
 
 def _as_asked(implementation: Literal["triton", "grouped_mm"], obstacle: str) -> Choice:

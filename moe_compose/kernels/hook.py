@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_compose.errors import OptionError, UnsupportedError
-from moe_compose.kernels.choice import Implementation, moe_forward
+from moe_compose.kernels.choice import Implementation, check_implementation, moe_forward
 from moe_compose.kernels.layout import ACTIVATIONS, ExpertLayout, ExpertWeights
 from moe_compose.kernels.reference import activate
 
@@ -48,6 +48,7 @@ def register(*, implementation: Implementation = "auto") -> str:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    check_implementation(implementation)
     ALL_EXPERTS_FUNCTIONS.register(NAME, partial(_experts_forward, implementation))
     return NAME
 

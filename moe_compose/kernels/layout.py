@@ -154,6 +154,10 @@ def _problems(
     if ids.dim() != 2 or ids.shape != gates.shape or ids.shape[0] != x_TD.shape[0]:
         got = f"{list(ids.shape)} and {list(gates.shape)}"
         yield f"experts and weights must both be [{x_TD.shape[0]}, k] (got {got})"
+    if ids.is_floating_point() or ids.is_complex():
+        yield f"experts must be integers (got {ids.dtype})"
+    if not x_TD.is_floating_point():
+        yield f"x must be of floats (got {x_TD.dtype})"
     if len({t.dtype for t in weights.tensors}) > 1:
         yield "all expert tensors must have one dtype"
     added = () if lora is None else lora.tensors

@@ -13,7 +13,7 @@ import logging
 import math
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from moe_compose import routing as reference
 from moe_compose.architectures.routing_form import Routing
 from moe_compose.errors import OptionError
+from moe_compose.kernels.choice import check_implementation
 from moe_compose.kernels.configs import HALF, arch_of
 from moe_compose.routing import Routed
 
@@ -97,6 +98,7 @@ def _choose(
     logits_TE: Tensor, routing: Routing, expert_scale_E: Tensor | None, asked: RouterImplementation
 ) -> tuple[Literal["triton", "eager"], str]:
     """What runs, and why."""
+    check_implementation(asked, get_args(RouterImplementation))
     if asked == "eager":
         return "eager", "as asked"
     if asked == "auto" and logits_TE.device.type == "cpu":

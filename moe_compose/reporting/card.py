@@ -20,8 +20,10 @@ from moe_compose.reporting.inspection import CONVENTION, parts_of
 from moe_compose.reporting.markdown import cell, code, table
 from moe_compose.reporting.receipt import measured
 from moe_compose.reporting.units import bytes_text, count
+from moe_compose.surgery.merge_options import MERGE_METHODS
 from moe_compose.surgery.plan import Plan, PlanSummary
 from moe_compose.surgery.prune_options import CRITERIA
+from moe_compose.surgery.replace import Changed
 from moe_compose.surgery.upcycle_options import METHODS
 from moe_compose.validation.report import ValidationReport
 from moe_compose.version import __version__
@@ -59,7 +61,7 @@ def model_card(
         measured(report),
     ]
     if body:
-        labels = ", ".join(cell(source.label) for source in plan.sources.values())
+        labels = ", ".join(cell(s.label) for s in leaves(plan) if not isinstance(s, Changed))
         sections += ["", "---", "", f"# The card of the source ({labels})", "", body]
     return "\n".join(sections) + "\n"
 
@@ -77,15 +79,22 @@ def repeat_line(plan: Plan) -> str:
 
     Folders are named by their last part, since where they were says nothing to anybody else.
     """
+    first = next(iter(plan.sources.values()))
+    if plan.operation == "refit" and isinstance(first, Plan):  # a flag of what it followed
+        return _with_flags(repeat_line(first).split(" \\\n"), {"refit": True, **plan.options})
     words = ["moe-compose", plan.operation]
     words += [" ".join(s.label.split()) for s in plan.sources.values()] + ["OUTPUT"]
-    lines = [" ".join(map(shlex.quote, words))]
-    for name, value in plan.options.items():
+    return _with_flags([" ".join(map(shlex.quote, words))], plan.options)
+
+
+def _with_flags(lines: list[str], options: Mapping[str, Any]) -> str:
+    """The lines of a command with more flags, folded."""
+    for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         for given in value if isinstance(value, tuple | list) else (value,):
             if given is None:
                 continue
-            word = f"{flag} {shlex.quote(str(given))}"
+            word = flag if given is True else f"{flag} {shlex.quote(str(given))}"
             if len(lines) > 1 and len(lines[-1]) + len(word) < 80:
                 lines[-1] += f" {word}"
             else:
@@ -100,6 +109,9 @@ def method_of(plan: Plan) -> tuple[str, str, str] | None:
         summary, paper = CRITERIA[criterion]
         return criterion, f"keeps {summary}", paper
     name = str(plan.options.get("method"))
+    if plan.operation == "merge" and name in MERGE_METHODS:
+        summary, paper = MERGE_METHODS[name]
+        return name, summary, paper
     if plan.operation != "upcycle" or name not in METHODS:
         return None
     return name, METHODS[name].summary, METHODS[name].paper
@@ -112,14 +124,15 @@ def _old_card(plan: Plan) -> Path | None:
 
 
 def _opening(plan: Plan) -> Iterator[str]:
-    labels = " and ".join(_linked(s) for s in plan.sources.values())
+    origins = [s for s in leaves(plan) if not isinstance(s, Changed)]
+    labels = " and ".join(map(_linked, origins))
     form = find(plan.config)
     shape = ""
     if form is not None and form.is_moe:
         moe = form.moe(plan.config)
         shape = f" with {moe.num_experts} experts, {moe.top_k} per token"
-    titles = ", ".join(cell(s.label) for s in plan.sources.values())
-    yield f"# {titles}: {plan.operation}{shape}"
+    titles = ", ".join(cell(s.label) for s in origins)
+    yield f"# {titles}: {_verbs(plan)}{shape}"
     yield ""
     kind = cell(str(plan.config.get("model_type")))
     yield f"A mixture of experts ({kind}{shape}), made from {labels} by moe-compose {__version__}."
@@ -127,6 +140,12 @@ def _opening(plan: Plan) -> Iterator[str]:
         yield ""
         yield f"**{_UNTRAINED.capitalize()}.**"
     yield ""
+
+
+def _verbs(plan: Plan) -> str:
+    """What was done, in order, of plans of plans too."""
+    earlier = [s for s in plan.sources.values() if isinstance(s, Plan)]
+    return ", ".join([*map(_verbs, earlier), plan.operation])
 
 
 def _done(plan: Plan) -> Iterator[str]:

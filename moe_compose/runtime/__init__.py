@@ -4,12 +4,14 @@
     skeleton.py    the class on the meta device, as slots for tensors
     loading.py     tensors on disk → tensors in memory, one layer ahead
     dequantise.py  a quantised source as the plain one it stands for
+    device.py      devices that are there
     lockstep.py    one batch's forward as a coroutine
     parking.py     activations that wait, in memory or in files
     layer.py       what observers see
     footprint.py   how much memory weights take
     self_test.py   does the installed transformers load as compat.py thinks
     runner.py      all of it together
+    single.py      one layer of a model by itself
 
 Example:
     >>> from moe_compose.runtime import Runner

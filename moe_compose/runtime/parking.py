@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_compose.errors import CheckpointError
+from moe_compose.runtime.lockstep import Call, Lane
 
 #: Smaller tensors always stay in memory.
 SMALLEST = 1 << 20
@@ -86,6 +87,14 @@ class Parking:
             if tensor is not None and filed.away:
                 tensor.data = _read(filed.path, filed.shape, tensor)
                 filed.version, filed.away = tensor._version, False
+
+    def waiting(self, lanes: Iterable[Lane]) -> Iterator[tuple[int, Call]]:
+        """Index and call of each batch that waits for a layer; in memory while it is looked at."""
+        for lane in lanes:
+            assert lane.call is not None
+            self.take(lane.index)
+            yield lane.index, lane.call
+            self.put(lane.index, (lane.call.args, lane.call.kwargs))
 
     def drop(self, lane: int) -> None:
         """A batch has ended."""

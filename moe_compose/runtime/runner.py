@@ -28,6 +28,7 @@ from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.kernels import hook
 from moe_compose.runtime import compat
 from moe_compose.runtime.dequantise import dequantised
+from moe_compose.runtime.device import device_of
 from moe_compose.runtime.footprint import Footprint
 from moe_compose.runtime.layer import Batch, Layer, layers_of
 from moe_compose.runtime.loading import Loader, Prefetch
@@ -43,6 +44,9 @@ SMALL = 16 << 20
 
 #: What may be done while a layer is real: entered before the first batch, left after the last.
 OnLayer = Callable[[Layer], AbstractContextManager[Any] | None]
+
+#: Told of a layer before it is filled, with every batch's index and what the layer is called with.
+Ahead = Callable[[int, Iterator[tuple[int, Call]]], None]
 
 #: Takes a batch's index and its logits `[B, S, vocabulary]`, on the device, in the compute dtype.
 OnLogits = Callable[[int, Tensor], None]
@@ -92,9 +96,9 @@ class Runner:
     ) -> None:
         if dtype not in FLOAT_DTYPES.values():
             raise OptionError(f"dtype ({dtype}) is none of {', '.join(FLOAT_DTYPES.values())}")
+        self.device = device_of(device)
         self_test()
         source = dequantised(source, dtype)
-        self.device = torch.device(device)
         self._prefetch, self._activations = prefetch, activations
         if experts == hook.NAME:
             hook.register()
@@ -129,6 +133,7 @@ class Runner:
         *,
         on_layer: OnLayer | None = None,
         logits: OnLogits | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """Run batches through the model, all of them through one layer before the next.
 
@@ -140,6 +145,7 @@ class Runner:
                 the layer's batches. Hooks registered in it see every call of the layer.
             logits: takes each batch's logits once, one batch after another; None: the run ends
                 after the last layer, and norm and head are neither read nor run.
+            ahead: called with each layer before it is read, which is then not done ahead of time.
 
         Raises:
             OptionError: no batches, or the runner is running already.
@@ -158,7 +164,7 @@ class Runner:
                 stack.enter_context(self._gates())
                 lanes = [Lane(i, partial(self._forward, b)) for i, b in enumerate(given)]
                 stack.callback(stop_all, lanes)
-                self._all_layers(given, lanes, parking, prefetch, on_layer, logits)
+                self._all_layers(given, lanes, parking, prefetch, on_layer, logits, ahead)
         finally:
             self._empty_all()
             self._busy.release()
@@ -171,6 +177,7 @@ class Runner:
         prefetch: Prefetch,
         on_layer: OnLayer | None,
         logits: OnLogits | None,
+        ahead: Ahead | None,
     ) -> None:
         last = len(self.layers) - 1
         self._fill_first()
@@ -181,8 +188,10 @@ class Runner:
             at = min(lane.call.layer for lane in waiting if lane.call is not None)
             here = [lane for lane in waiting if lane.call is not None and lane.call.layer == at]
             layer, names = self.layers[at], self._skeleton.of_layer[at]
+            if ahead is not None:
+                ahead(at, parking.waiting(here))
             self._fill(prefetch.take(at, names))
-            if self._prefetch and at < last:
+            if self._prefetch and ahead is None and at < last:
                 prefetch.start(at + 1, self._skeleton.of_layer[at + 1])
             with (on_layer and on_layer(layer)) or nullcontext():
                 for lane in here:

@@ -6,6 +6,7 @@ its address and drawn when needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -114,3 +115,76 @@ class SampleSlice:
 
     def __str__(self) -> str:
         return f"[{self.start}:{self.stop}] of {self.sample}"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Positions listed one by one, four bytes each: how one expert's neurons correspond to
+    another's.
+
+    Attributes:
+        packed: unsigned little-endian numbers of four bytes.
+
+    Example:
+        >>> Order.of([2, 0, 1]).indices().tolist()
+        [2, 0, 1]
+    """
+
+    packed: bytes
+
+    @classmethod
+    def of(cls, positions: Iterable[int]) -> Order:
+        """From numbers."""
+        import numpy as np
+
+        return cls(np.asarray(list(positions), dtype="<u4").tobytes())
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether every position is there once."""
+        return sorted(self.indices().tolist()) == list(range(len(self)))
+
+    @property
+    def moved(self) -> int:
+        """How many positions are not in their own place."""
+        return sum(int(p) != i for i, p in enumerate(self.indices()))
+
+    def indices(self) -> np.ndarray:
+        """int64, in order."""
+        import numpy as np
+
+        return np.frombuffer(self.packed, dtype="<u4").astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.packed) // 4
+
+    def __str__(self) -> str:
+        return f"{len(self)} neurons, {self.moved} moved"
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """An order of neurons that have two positions each, gate and up in one matrix.
+
+    Attributes:
+        order: of the neurons.
+        pairs: neuron i lies at 2i and 2i + 1; otherwise at i and F + i.
+    """
+
+    order: Order
+    pairs: bool
+
+    def indices(self) -> np.ndarray:
+        """int64, `[2F]`."""
+        import numpy as np
+
+        at = self.order.indices()
+        if self.pairs:
+            return np.stack((2 * at, 2 * at + 1), axis=1).reshape(-1)
+        return np.concatenate((at, at + len(at)))
+
+    def __len__(self) -> int:
+        return 2 * len(self.order)
+
+    def __str__(self) -> str:
+        return f"{self.order}, gate and up {'in turn' if self.pairs else 'in halves'}"

@@ -206,12 +206,16 @@ class Plan:
 
     def copied(self) -> tuple[str, ...]:
         """Patterns of outputs that all are a source's tensor of the same name, byte for byte."""
-        same: set[str] = set()
-        other: set[str] = set()
-        for o in self.outputs:
-            whole = isinstance(o.value, Read) and o.value.tensor.name == o.name
-            (same if whole else other).add(_pattern(o.name))
-        return tuple(sorted(same - other))
+        changed = {_pattern(o.name) for o in self.outputs if not self._is_copy(o.name)}
+        return tuple(sorted({_pattern(o.name) for o in self.outputs} - changed))
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether an output is the source's tensor of its name, also through plans of plans."""
+        value = self._by_name[name].value
+        if not isinstance(value, Read) or value.tensor.name != name:
+            return False
+        source = self.sources[value.source]
+        return not isinstance(source, Plan) or source._is_copy(name)
 
     def record(self) -> dict[str, Any]:
         """This operation as an entry of a checkpoint's surgery history: plain values."""

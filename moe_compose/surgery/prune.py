@@ -123,6 +123,19 @@ def explain(ranking: Ranking, kept: Kept, groups: int = 1) -> dict[str, list[dic
     return found
 
 
+def count_note(form: Architecture, count: int) -> str:
+    """What engines make of a number of experts, where that is worth saying."""
+    if count in USUAL_COUNTS:
+        return ""
+    who = form.usual_counts
+    return f"{count} experts: " + (
+        f"{who} accept powers of two up to 512, and 192, 320, 384, 448, 576 only"
+        if who
+        else "runs everywhere; vLLM on a GPU is faster with powers of two up to 512, and with "
+        "192, 320, 384, 448, 576"
+    )
+
+
 def _guard_problems(ranking: Ranking, moe: MoE, count: int) -> Iterator[str]:
     groups = groups_of(moe)
     size = moe.num_experts // groups
@@ -189,14 +202,8 @@ def _notes(
     yield from ranking.notes
     if count == moe.num_experts:
         return
-    if count not in USUAL_COUNTS:
-        who = form.usual_counts
-        yield f"{count} experts: " + (
-            f"{who} accept powers of two up to 512, and 192, 320, 384, 448, 576 only"
-            if who
-            else "runs everywhere; vLLM on a GPU is faster with powers of two up to 512, and with "
-            "192, 320, 384, 448, 576"
-        )
+    if note := count_note(form, count):
+        yield note
     if selected.mtp and options.mtp == "prune":
         yield (
             f"multi-token prediction ({', '.join(selected.mtp)}) keeps the experts with the ids of "

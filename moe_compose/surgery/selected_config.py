@@ -48,6 +48,11 @@ def without_mtp(config: dict[str, Any], form: Architecture) -> None:
         key.edit(config, 0)
 
 
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that its checkpoint is quantised."""
+    return any(config.get(entry) for entry in _QUANTISED)
+
+
 def rename_modules(
     config: dict[str, Any], roles: Roles, blocks: Mapping[str, Sequence[int]]
 ) -> Iterator[str]:

@@ -69,3 +69,41 @@ class Renumber(Unary):
 
     def __str__(self) -> str:
         return f"{self.x} for {len(self.kept)} of {self.experts} experts"
+
+
+@dataclass(frozen=True)
+class Regroup(Unary):
+    """A table `[V, K]` of expert ids after experts were merged: each becomes its group.
+
+    A token whose experts came into one group has it once, and then the next group that it does not
+    have, in the order of ids and round the end, so that it keeps as many different experts.
+
+    Attributes:
+        homes: expert → its group.
+    """
+
+    homes: tuple[int, ...]
+
+    @property
+    def spec(self) -> Spec:
+        spec = self.x.spec
+        if spec.dtype not in _INTEGERS or len(spec.shape) != 2:
+            raise PlanError(f"{self.x} is no table of expert ids ({spec.dtype} {list(spec.shape)})")
+        return spec
+
+    def apply(self, *values: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        (table,) = values
+        homes = torch.tensor(self.homes, dtype=torch.int64, device=table.device)
+        found_VK = homes[table.long()]
+        count = max(self.homes) + 1
+        for k in range(1, table.shape[1]):
+            for _ in range(k):
+                taken_V = (found_VK[:, :k] == found_VK[:, k, None]).any(1)
+                column_V = (found_VK[:, k] + taken_V) % count
+                found_VK = torch.cat((found_VK[:, :k], column_V[:, None], found_VK[:, k + 1 :]), 1)
+        return found_VK.to(table.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.x} for {len(set(self.homes))} groups of {len(self.homes)} experts"

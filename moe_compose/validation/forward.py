@@ -64,11 +64,13 @@ def forward(
         "ids": [ids[0].tolist() for ids in texts.ids],
         "seconds": seconds,
     }
-    lines, failure = _run(job, seconds)
+    lines, failure, killed = _run(job, seconds)
     for line in lines:
         if "unsupported" in line:
             return None, Check("forward", "skip", f"NOT MEASURED: {line['unsupported']}")
     found = _read(lines, texts.name, seconds)
+    if killed:
+        return found, Check("forward", "skip", f"NOT MEASURED: {failure}")
     if failure:
         return found, Check("forward", "fail", f"the forward pass does not run: {failure}")
     if found is None:
@@ -98,7 +100,7 @@ def _read(lines: Iterable[Mapping[str, Any]], text: str, seconds: float) -> Forw
             for x in said.get("logits", ())
         ),
         seconds=said["end"][0]["seconds"] if "end" in said else seconds,
-        budget=seconds,
+        budget=start["budget"],
         left_out=tuple(left_out),
     )
 
@@ -107,10 +109,12 @@ def _errors(layer: Mapping[str, Any]) -> dict[str, Errors]:
     return {dtype: Errors(**e) for dtype, e in layer["errors"].items()}
 
 
-def _run(job: Mapping[str, Any], seconds: float) -> tuple[list[dict[str, Any]], str]:
-    """The lines that the worker wrote, and what went wrong; empty if nothing did, or only the time
-    was up.
+def _run(job: Mapping[str, Any], seconds: float) -> tuple[list[dict[str, Any]], str, bool]:
+    """The lines that the worker wrote; what went wrong, empty if nothing did, or only the time was
+    up; and whether the worker was killed, which says nothing of the checkpoint.
     """
+    import torch
+
     known = [p for p in sys.path if p]
     environment = {
         **os.environ,
@@ -124,13 +128,14 @@ def _run(job: Mapping[str, Any], seconds: float) -> tuple[list[dict[str, Any]], 
             capture_output=True,
             text=True,
             env=environment,
-            timeout=seconds + _GRACE,
+            timeout=None if torch.cuda.is_available() else seconds + _GRACE,
         )
         output, failure = done.stdout, _failure(done.returncode, done.stderr)
+        killed = done.returncode < 0
     except subprocess.TimeoutExpired as e:
         output = e.stdout.decode() if isinstance(e.stdout, bytes) else (e.stdout or "")
-        failure = ""
-    return list(_parsed(output)), failure
+        failure, killed = "", False
+    return list(_parsed(output)), failure, killed
 
 
 def _parsed(output: str) -> Iterator[dict[str, Any]]:

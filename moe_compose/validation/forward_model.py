@@ -41,11 +41,13 @@ def run(job: dict[str, Any], say: Say) -> None:
     name = torch.cuda.get_device_name() if cuda else "the CPU, in Triton's interpreter"
     runs = Runs(Checkpoint.open(job["path"]), "cuda" if cuda else "cpu", job["ids"])
     model, layers = runs.eager.model, [x for x in runs.eager.layers if x.experts is not None]
-    say({"start": {"device": name, "triton": _triton_version(), "sparse_layers": len(layers)}})
+    seconds = None if cuda else job["seconds"]
+    start = {"device": name, "triton": _triton_version(), "sparse_layers": len(layers)}
+    say({"start": start | {"budget": seconds}})
     if not layers:
         text = f"{type(model).__name__} runs no experts through transformers' interface"
         return say({"unsupported": text})
-    cover = Cover(None if cuda else job["seconds"], len(layers))
+    cover = Cover(seconds, len(layers))
     try:
         eager = runs.measured(cover, say)
         if cover.affords_logits(cover.spent - cover.experts):

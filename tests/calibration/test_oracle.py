@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moe_compose as mc
 from moe_compose.calibration.criteria import worth
+from moe_compose.calibration.grouping import hc_smoe, m_smoe
 from moe_compose.calibration.pruning import super_experts
 from moe_compose.calibration.tokens import TokenSet
 from moe_compose.routing import top_indices
@@ -84,13 +85,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> mc.Checkpoint:
 @pytest.fixture(scope="module")
 def stats(oracle: dict, model: mc.Checkpoint) -> mc.ExpertStats:
     """Our measurement of it on their batches."""
+    return mc.calibrate(model, tokens_of(oracle), mc.CalibrateOptions(batch=2))
+
+
+def tokens_of(oracle: dict) -> TokenSet:
+    """Their batches without their padding."""
     rows = [
         [i for i, m in zip(ids, mask, strict=True) if m]
         for batch in oracle["batches"]
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    tokens = TokenSet.of_ids({"text": rows})
-    return mc.calibrate(model, tokens, mc.CalibrateOptions(batch=2))
+    return TokenSet.of_ids({"text": rows})
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -145,3 +150,36 @@ def test_super_expert(oracle: dict, stats: mc.ExpertStats) -> None:
         layers[layer] = replace(sums, peak_HCE=peaks.double().expand_as(sums.peak_HCE))
     found = super_experts(replace(stats, layers=layers), 3)
     assert [[i, e] for i, x in found.items() for e in x] == oracle["super_experts_renorm_True"]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_groups(oracle: dict, model: mc.Checkpoint, layer: int, tmp_path: Path) -> None:
+    """Both clusterings, into as many groups as there.
+
+    In layer 0 their M-SMoE lets nobody join expert 1, though its logits are those most like those
+    of experts 0 and 7 (cosines 0.024 and 0.235); they go to the next best.
+    """
+    options = mc.CalibrateOptions(batch=2, similarity=True)
+    stats = mc.calibrate(model, tokens_of(oracle), options, output=tmp_path / "stats")
+    found, count = stats.similarity(layer), stats.sums(layer)["count"]
+    theirs = oracle["clusters"]["hc_smoe"]["labels"][str(layer)]
+    assert labels(hc_smoe(found.mean_ED, count, len(set(theirs)))) == numbered(theirs)
+    theirs = oracle["clusters"]["m_smoe"]["labels"][str(layer)]
+    gate_EE = found.gate_EE
+    ours = labels(m_smoe(gate_EE, count, len(set(theirs))))
+    if layer == 0:
+        assert [e for e in range(8) if ours[e] == ours[1]] == [0, 1, 7]
+        gate_EE[:, 1] = -2
+        ours = labels(m_smoe(gate_EE, count, len(set(theirs))))
+    assert ours == numbered(theirs)
+
+
+def labels(groups: list[list[int]]) -> list[int]:
+    homes = {e: j for j, group in enumerate(groups) for e in group}
+    return numbered([homes[e] for e in sorted(homes)])
+
+
+def numbered(found: list[int]) -> list[int]:
+    """Labels by first appearance."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(label, len(seen)) for label in found]

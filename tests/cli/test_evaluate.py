@@ -55,3 +55,12 @@ def test_what_cannot_be_evaluated_is_said(command, words, said):
     assert ran.code == 2, ran.err
     assert said.lower() in ran.err.lower()
     assert "Traceback" not in ran.err
+
+
+def test_a_file_that_is_there_stays(command, text, tmp_path):
+    words = ("evaluate", STORIES, "--data", text, *SMALL, "--out", tmp_path / "figures.json")
+    assert command(*words).code == 0
+    ran = command(*words)
+    assert ran.code == 2 and "--overwrite" in ran.err
+    assert command(*words, "--overwrite").code == 0
+    assert "is a folder" in command("evaluate", STORIES, "--data", text, "--out", tmp_path).err

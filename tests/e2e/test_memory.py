@@ -84,3 +84,22 @@ def test_wide_ffns_stay_under_a_gibibyte(tmp_path):
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1}
     make_dense(tmp_path / "dense", shape)
     assert peak_mib(tmp_path / "dense", tmp_path / "moe", "--method", "drop") < 1024
+
+
+@pytest.mark.slow
+def test_calibrate_and_prune_hold_a_layer_and_no_more(tmp_path, monkeypatch):
+    """3 GB of random MoE in layers of 0.6 GiB: calibration holds the layer, the next one that is
+    read ahead, and less than 1.5 GiB besides; pruning less than 1.5 GiB in all.
+    """
+    monkeypatch.syspath_prepend(str(ROOT / "examples/benchmarks"))
+    large = runpy.run_path(str(ROOT / "examples/benchmarks/large_checkpoint.py"))
+    made = large["make_moe"](tmp_path / "moe", num_hidden_layers=5, **large["SHAPE"])
+    assert made >= 3e9
+    _, held, _ = large["calibrate"](tmp_path, 512, "bfloat16")
+    assert held < 2 * large["LAYER"] / 2**30 + 1.5
+    words = ("--criterion", "random", "--ratio", "0.5", "--no-validate")
+    _, held, resident = large["watched"](
+        large["tool"]("prune", tmp_path / "moe", tmp_path / "pruned", *words)
+    )
+    assert held < 1.5
+    assert resident < 1.5

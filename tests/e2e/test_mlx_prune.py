@@ -1,5 +1,5 @@
-"""Pruned checkpoints read by another implementation: mlx-lm on the CPU gives transformers' fp32
-logits, also for odd numbers of experts.
+"""Pruned and merged checkpoints read by another implementation: mlx-lm on the CPU gives
+transformers' fp32 logits, also for odd numbers of experts.
 
 pytest tests/e2e/test_mlx_prune.py
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from merged import measured
 from mutants import mutant
 from pruned import lively_checkpoint
 from transformers import AutoModelForCausalLM
@@ -97,3 +98,17 @@ def test_a_broken_control_differs(tmp_path: Path) -> None:
     expected = transformers_logits(out.path)
     difference = np.linalg.norm(mlx_logits(broken.path) - expected)
     assert difference / np.linalg.norm(expected) > 1e-3
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_merged(family: str, tmp_path: Path) -> None:
+    """The same of merged experts."""
+    changes, keep = CASES[family]
+    tiny = lively_checkpoint(family, tmp_path / "tiny", **changes)
+    source = mutant(tiny, tmp_path / "source", config=both_dialects)
+    stats = measured(source, tmp_path / "stats")
+    out = mc.write(mc.merge(source, stats, mc.MergeOptions(keep=keep)), tmp_path / "out").path
+    ours, theirs = transformers_logits(out), mlx_logits(out)
+    scale = np.linalg.norm(ours)
+    assert np.linalg.norm(theirs - ours) / scale <= 1e-5
+    assert np.linalg.norm(ours - transformers_logits(source.path)) / scale > 1e-2

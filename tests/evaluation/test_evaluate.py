@@ -209,3 +209,25 @@ def test_texts_may_be_a_list_or_domains(dense):
     assert list(whole.domains) == ["text"]
     again = evaluate(dense, domains_of(TEXTS["story"]), options=SMALL)
     assert again == whole
+
+
+def test_what_is_no_list_of_texts_is_refused(dense):
+    for odd in ("Once upon a time", ["Once", 3], {"a": "Once"}, [*domains_of(["Once"]), "Once"]):
+        with pytest.raises(OptionError):
+            evaluate(dense, odd, options=SMALL)
+
+
+def test_nan_is_told(dense, tmp_path):
+    def change(tensors):
+        tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = math.nan
+
+    broken = mutant(dense, tmp_path / "nan", tensors=change)
+    found = evaluate(broken, TEXTS, against=dense, options=SMALL)
+    assert not found.finite and math.isnan(found.overall.perplexity)
+    assert evaluate(dense, TEXTS, options=SMALL).finite
+
+
+def test_a_device_that_is_not_here_is_named(dense):
+    for name in ("quantum", "meta", "cuda:99"):
+        with pytest.raises(OptionError, match=name):
+            evaluate(dense, TEXTS, options=replace(SMALL, device=name))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from moe_compose.architectures.routing_form import Routing
 from moe_compose.errors import OptionError
 from moe_compose.kernels import (
     Choice,
@@ -21,6 +22,8 @@ from moe_compose.kernels import (
     Saliency,
     choose,
     moe_forward,
+    register,
+    route,
 )
 from moe_compose.kernels.choice import _say
 from moe_compose.kernels.hook import layout_of, weights_of
@@ -210,3 +213,15 @@ def test_the_choice_says_why(caplog):
 def test_triton_is_imported_when_it_is_used():
     code = "import sys, moe_compose.kernels; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_words_and_ids_that_mean_nothing_are_refused():
+    x, weights, layout, ids, gates = random_layer()
+    with pytest.raises(OptionError, match=r"implementation \('cuda'\) is none of"):
+        moe_forward(x, weights, layout, ids, gates, implementation="cuda")
+    with pytest.raises(OptionError, match="none of"):
+        route(gates, Routing(score="softmax"), 1, implementation="cuda")
+    with pytest.raises(OptionError, match="none of"):
+        register(implementation="cuda")
+    with pytest.raises(OptionError, match="experts must be integers"):
+        moe_forward(x, weights, layout, ids.float(), gates)

@@ -165,7 +165,7 @@ def test_hashing_ends_with_its_context(tmp_path: Path, monkeypatch: pytest.Monke
         assert begun.wait(timeout=30)
         hashing._stop.set()
         go_on.set()
-    assert not hashing._thread.is_alive()
+    assert not any(t.is_alive() for t in hashing._threads)
     assert hashing.result() == {}
 
 

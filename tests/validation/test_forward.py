@@ -205,3 +205,23 @@ def test_limits():
     assert Errors(eager=2e-3, triton=3e-3).met("bfloat16")
     assert not Errors(eager=2e-3, triton=3.1e-3).met("bfloat16")
     assert not Errors(eager=2e-3, triton=float("nan")).met("bfloat16")
+
+
+def test_a_triton_that_cannot_be_imported_says_nothing_of_the_checkpoint(
+    moe, tmp_path, monkeypatch
+):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise RuntimeError('no driver')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found, check = forward_pass.forward(moe, SOME)
+    assert found is None and check.status == "skip"
+    assert "triton cannot be imported" in check.detail and "no driver" in check.detail
+
+
+def test_a_worker_that_is_killed_says_nothing_of_the_checkpoint(moe, monkeypatch):
+    monkeypatch.setattr(forward_pass, "WORKER", "killed")
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, **rest: subprocess.CompletedProcess(words, -9, "", "")
+    )
+    found, check = forward_pass.forward(moe, SOME)
+    assert found is None and check.status == "skip" and "signal 9" in check.detail

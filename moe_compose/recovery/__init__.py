@@ -1,0 +1,1 @@
+"""Recovery of what surgery cost, without training."""

@@ -1,0 +1,1 @@
+"""How much of an MoE can be left out: quality against size."""
