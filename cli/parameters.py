@@ -206,3 +206,10 @@ Texts = Annotated[
         rich_help_panel=_FILES,
     ),
 ]
+Model = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A checkpoint's folder, or its name on the Hub.")
+]
+Moe = Annotated[
+    str,
+    typer.Argument(metavar="SOURCE", help="A mixture of experts: a folder, or org/name@revision."),
+]

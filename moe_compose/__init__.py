@@ -34,7 +34,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         WriteError,
     )
-    from moe_compose.evaluation import EvaluateOptions, Evaluation, evaluate
+    from moe_compose.evaluation.measure import evaluate
+    from moe_compose.evaluation.options import EvaluateOptions
+    from moe_compose.evaluation.result import Evaluation
     from moe_compose.recovery.options import RefitOptions
     from moe_compose.recovery.refit import refit
     from moe_compose.reporting.card import model_card
@@ -85,9 +87,9 @@ _HOME = {
     "replace_tensors": "surgery.replace",
     "RefitOptions": "recovery.options",
     "refit": "recovery.refit",
-    "EvaluateOptions": "evaluation",
-    "evaluate": "evaluation",
-    "Evaluation": "evaluation",
+    "EvaluateOptions": "evaluation.options",
+    "evaluate": "evaluation.measure",
+    "Evaluation": "evaluation.result",
     "SweepOptions": "tradeoff.options",
     "sweep": "tradeoff.sweep",
     "Sweep": "tradeoff.result",

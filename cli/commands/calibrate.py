@@ -11,22 +11,19 @@ import typer
 from moe_compose.calibration.options import CalibrateOptions
 
 from ..output import out
-from ..parameters import Domains, Json, Overwrite, Quiet, Texts, with_options
+from ..parameters import Domains, Json, Model, Overwrite, Quiet, Texts, with_options
 from ..processes import joined, together
 
 if TYPE_CHECKING:
     from moe_compose.calibration.stats import ExpertStats
 
-Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A checkpoint's folder, or its name on the Hub.")
-]
 Stats = Annotated[Path, typer.Argument(metavar="STATS", help="A new folder for the statistics.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after the layers that are finished.")]
 
 
 @with_options(CalibrateOptions)
 def calibrate(
-    source: Source,
+    source: Model,
     stats: Stats,
     options: CalibrateOptions,
     domains: Domains = [],  # noqa: B006 - typer's way of saying "none"

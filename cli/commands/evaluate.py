@@ -10,14 +10,11 @@ import typer
 from moe_compose.evaluation.options import EvaluateOptions
 
 from ..output import out
-from ..parameters import Domains, Json, Quiet, Texts, with_options
+from ..parameters import Domains, Json, Model, Quiet, Texts, with_options
 
 if TYPE_CHECKING:
     from moe_compose.evaluation.result import Evaluation
 
-Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A checkpoint's folder, or its name on the Hub.")
-]
 Against = Annotated[
     str | None,
     typer.Option("--against", metavar="OTHER", help="A reference to compare with."),
@@ -39,7 +36,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file o
 
 @with_options(EvaluateOptions)
 def evaluate(
-    source: Source,
+    source: Model,
     options: EvaluateOptions,
     against: Against = None,
     domains: Domains = [],  # noqa: B006 - typer's way of saying "none"
@@ -83,7 +80,7 @@ def _evaluate(
     from moe_compose.checkpoint.copying import write_file
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.errors import OptionError
-    from moe_compose.evaluation import evaluate as run
+    from moe_compose.evaluation.measure import evaluate as run
     from moe_compose.reporting.documents import encode
 
     if resume and out_file is None:

@@ -18,6 +18,7 @@ from ..parameters import (
     Data,
     DryRun,
     Json,
+    Moe,
     Output,
     Overwrite,
     Quiet,
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 #: How text is measured unless something else is asked for.
 MEASURE = CalibrateOptions(similarity=True)
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="A mixture of experts: a folder, or org/name@revision."),
-]
 Stats = Annotated[
     Path | None,
     typer.Option(
@@ -74,7 +71,7 @@ Explain = Annotated[
 
 @with_options(MergeOptions)
 def merge(
-    source: Source,
+    source: Moe,
     output: Output,
     options: MergeOptions,
     stats: Stats = None,

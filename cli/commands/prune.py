@@ -16,6 +16,7 @@ from ..parameters import (
     Domains,
     DryRun,
     Json,
+    Moe,
     Output,
     Overwrite,
     Quiet,
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
     from moe_compose.surgery.ranking import Ranking
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="A mixture of experts: a folder, or org/name@revision."),
-]
 Stats = Annotated[
     Path | None,
     typer.Option(
@@ -58,7 +55,7 @@ Explain = Annotated[
 
 @with_options(PruneOptions)
 def prune(
-    source: Source,
+    source: Moe,
     output: Output,
     options: PruneOptions,
     stats: Stats = None,

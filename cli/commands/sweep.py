@@ -12,7 +12,7 @@ from moe_compose.recovery.options import RefitOptions
 from moe_compose.tradeoff.options import SweepOptions
 
 from ..output import out
-from ..parameters import Domains, Json, Overwrite, Quiet, Texts, attribute_docs, with_options
+from ..parameters import Domains, Json, Moe, Overwrite, Quiet, Texts, attribute_docs, with_options
 from ._refit import TOKENS, MaxKl, Refit, RefitOn, RefitTokens, read_words
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 _DOCS = attribute_docs(SweepOptions)
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="A mixture of experts: a folder, or org/name@revision."),
-]
 Stats = Annotated[
     Path | None,
     typer.Option(
@@ -56,7 +52,7 @@ Picture = Annotated[
 
 @with_options(EvaluateOptions)
 def sweep(
-    source: Source,
+    source: Moe,
     options: EvaluateOptions,
     stats: Stats = None,
     domains: Domains = [],  # noqa: B006 - typer's way of saying "none"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -22,24 +22,21 @@ from moe_compose.architectures import MoE
 from moe_compose.calibration import files, similarity
 from moe_compose.calibration.calls import experts_in
 from moe_compose.calibration.checks import check_layers, moe_of
-from moe_compose.calibration.data import Domain, domains_of
 from moe_compose.calibration.observe import Observer, Subject
 from moe_compose.calibration.options import CalibrateOptions
 from moe_compose.calibration.ranks import Ranks
-from moe_compose.calibration.record import Record, fingerprint, versions
+from moe_compose.calibration.record import PACKAGES, Record, record_of
 from moe_compose.calibration.resume import Partial, check_place
 from moe_compose.calibration.sampling import sample_of
-from moe_compose.calibration.stats import HALVES, ExpertStats, LayerStats
-from moe_compose.calibration.tokenizer import context_of, tokenizer_of, vocabulary_of
-from moe_compose.calibration.tokens import TokenSet, tokenise
+from moe_compose.calibration.stats import ExpertStats, LayerStats
+from moe_compose.calibration.texts import Texts, tokens_of
+from moe_compose.calibration.tokens import TokenSet
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource, common_dtype
 from moe_compose.errors import OptionError
 from moe_compose.runtime import Layer, Runner
+from moe_compose.version import versions
 
 log = logging.getLogger(__name__)
-
-#: Texts; texts by domain; what `read_domains` made of files; or what `tokenise` made of that.
-Texts = Sequence[str] | Mapping[str, Sequence[str]] | Sequence[Domain] | TokenSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,34 +141,6 @@ def _kept(run: _Run, partial: Partial | None, ranks: Ranks) -> ExpertStats:
     return files.load(partial.folder)
 
 
-def tokens_of(source: TensorSource, texts: Texts, options: CalibrateOptions) -> TokenSet:
-    """Texts as the checkpoint's tokenizer cuts them; a `TokenSet` as it is.
-
-    Raises:
-        OptionError: text that cannot be run through this model.
-    """
-    if isinstance(texts, TokenSet):
-        vocabulary = vocabulary_of(source.config)
-        most = max(max(s.ids) for s in texts.sequences)
-        if vocabulary is not None and most >= vocabulary:
-            raise OptionError(f"token id {most} is beyond the model's vocabulary ({vocabulary})")
-        return texts
-    given = list(texts) if not isinstance(texts, Mapping) else []
-    if given and all(isinstance(d, Domain) for d in given):
-        domains: Sequence[Domain] = [d for d in given if isinstance(d, Domain)]
-    else:
-        domains = domains_of(texts)  # type: ignore[arg-type]
-    context = context_of(source.config)
-    return tokenise(
-        domains,
-        tokenizer_of(source),
-        tokens=options.tokens,
-        seq_len=min(options.seq_len, context or options.seq_len),
-        seed=options.seed,
-        vocabulary=vocabulary_of(source.config),
-    )
-
-
 class _Run:
     """One calibration, and the layers that are finished."""
 
@@ -207,35 +176,24 @@ class _Run:
             "device": self._runner.device.type,
             "sample": self._sampled,
             "seed": self._tokens.seed,
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
         }
 
     def record(self, sample_bytes: int = 0) -> Record:
         """What was measured on what."""
-        table = [[0] * len(self._tokens.domains) for _ in range(HALVES)]
-        for s in self._tokens.sequences:
-            table[s.half][s.domain] += len(s.ids)
         unread = [i for i, s in sorted(self.layers.items()) if s.logit_E is None]
         notes = [f"the routers of layers {unread} could not be read: no entropy"] if unread else []
         if unused := self._runner.unused:
             notes.append(f"{len(unused)} tensors that the class does not run, from {unused[0]} on")
-        return Record(
-            source=self._source.label,
-            digest=self._source.digest(),
-            routers=fingerprint(self._source),
+        return record_of(
+            self._source,
+            self._tokens,
             top_k=self._moe.top_k,
-            domains=self._tokens.domains,
-            files=self._tokens.files,
-            tokens=tuple(map(tuple, table)),
-            text=self._tokens.digest(),
-            seq_len=self._tokens.seq_len,
-            seed=self._tokens.seed,
             dtype=self._dtype,
             device=self._runner.device.type,
             sample=self._sampled,
             sample_bytes=sample_bytes,
             notes=tuple(notes),
-            versions=versions(),
         )
 
     def through(

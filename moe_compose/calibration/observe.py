@@ -25,9 +25,10 @@ from moe_compose.architectures import MoE
 from moe_compose.calibration import calls
 from moe_compose.calibration.calls import Call, Kept
 from moe_compose.calibration.pairs import sizes
+from moe_compose.calibration.record import HALVES
 from moe_compose.calibration.residual import Residual
 from moe_compose.calibration.router import RouterView, probabilities
-from moe_compose.calibration.stats import HALVES, MEASURES, LayerStats
+from moe_compose.calibration.stats import MEASURES, LayerStats
 from moe_compose.calibration.tokens import Rows
 from moe_compose.errors import CheckpointError, UnsupportedError
 from moe_compose.runtime import Layer

@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from moe_compose.architectures import find
 from moe_compose.architectures.parts import layout_of
 from moe_compose.calibration.reading import DataFile
+from moe_compose.calibration.tokens import TokenSet
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError, OptionError
+from moe_compose.version import versions
+
+#: Of the data, kept apart.
+HALVES = 2
+
+#: Packages that numbers may depend on.
+PACKAGES = ("moe-compose", "torch", "transformers", "tokenizers")
 
 #: Of the folder's content; raised when it comes to mean something else.
 FORMAT = 1
@@ -117,6 +124,31 @@ class Record:
             raise CheckpointError(f"stats.json is damaged: {e}") from e
 
 
+def record_of(
+    source: TensorSource, tokens: TokenSet, *, top_k: int, dtype: str, device: str, **more: Any
+) -> Record:
+    """The record of a run over `tokens`; `more` is what only some runs have."""
+    table = [[0] * len(tokens.domains) for _ in range(HALVES)]
+    for s in tokens.sequences:
+        table[s.half][s.domain] += len(s.ids)
+    return Record(
+        source=source.label,
+        digest=source.digest(),
+        routers=fingerprint(source),
+        top_k=top_k,
+        domains=tokens.domains,
+        files=tokens.files,
+        tokens=tuple(map(tuple, table)),
+        text=tokens.digest(),
+        seq_len=tokens.seq_len,
+        seed=tokens.seed,
+        dtype=dtype,
+        device=device,
+        versions=versions(*PACKAGES),
+        **more,
+    )
+
+
 def fingerprint(source: TensorSource) -> str:
     """Hex SHA-256 of all router tensors, as they are on disk: tells two fine-tunes apart whose
     names and shapes are the same. Empty for a family without a form.
@@ -138,14 +170,3 @@ def fingerprint(source: TensorSource) -> str:
                 for piece in source.stream(name):
                     h.update(piece.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that numbers may depend on."""
-    found = {}
-    for package in ("moe-compose", "torch", "transformers", "tokenizers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -20,15 +20,15 @@ import torch
 from moe_compose.architectures import MoE
 from moe_compose.calibration import similarity
 from moe_compose.calibration.alignment import align
-from moe_compose.calibration.calibrate import Texts, tokens_of
 from moe_compose.calibration.calls import experts_in
 from moe_compose.calibration.checks import check_layers
 from moe_compose.calibration.grouping import group_experts
 from moe_compose.calibration.observe import Observer, Subject
 from moe_compose.calibration.options import CalibrateOptions
-from moe_compose.calibration.record import Record, fingerprint, versions
+from moe_compose.calibration.record import Record, record_of
 from moe_compose.calibration.sampling import sample_of
-from moe_compose.calibration.stats import HALVES, ExpertStats, LayerStats
+from moe_compose.calibration.stats import ExpertStats, LayerStats
+from moe_compose.calibration.texts import Texts, tokens_of
 from moe_compose.calibration.tokens import TokenSet
 from moe_compose.checkpoint.source import FLOAT_DTYPES, Extent, TensorSource, common_dtype
 from moe_compose.runtime import Runner
@@ -205,24 +205,13 @@ class _Sequence:
         return {"dtype": self._dtype, "device": device, "prefetch": False}
 
     def _made_record(self) -> Record:
-        table = [[0] * len(self._tokens.domains) for _ in range(HALVES)]
-        for s in self._tokens.sequences:
-            table[s.half][s.domain] += len(s.ids)
-        return Record(
-            source=self._source.label,
-            digest=self._source.digest(),
-            routers=fingerprint(self._source),
+        return record_of(
+            self._source,
+            self._tokens,
             top_k=self._moe.top_k,
-            domains=self._tokens.domains,
-            files=self._tokens.files,
-            tokens=tuple(map(tuple, table)),
-            text=self._tokens.digest(),
-            seq_len=self._tokens.seq_len,
-            seed=self._tokens.seed,
             dtype=self._dtype,
             device=self._original.device.type,
             sample=self._subject.sampled,
-            versions=versions(),
         )
 
 

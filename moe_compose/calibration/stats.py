@@ -38,8 +38,6 @@ MEASURES = ("count", "gate", "norm", "norm_sq", "gated_norm", "easy_ep")
 #: Fields of `LayerStats` of which two are joined by the larger one.
 _MAXIMA = ("peak_HCE", "input_peak_HC")
 
-HALVES = 2
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerStats:

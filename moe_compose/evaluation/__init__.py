@@ -8,16 +8,3 @@ from another one?
     rounds.py     rounds of text, finished ones kept on disk
     measure.py    all of it together
 """
-
-from moe_compose.evaluation.measure import evaluate
-from moe_compose.evaluation.options import EvaluateOptions
-from moe_compose.evaluation.result import DomainScore, Evaluation, Greedy, LayerScore
-
-__all__ = [
-    "DomainScore",
-    "EvaluateOptions",
-    "Evaluation",
-    "Greedy",
-    "LayerScore",
-    "evaluate",
-]

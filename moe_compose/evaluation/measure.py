@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_compose.calibration.data import Domain, domains_of
-from moe_compose.calibration.tokenizer import context_of, tokenizer_of, vocabulary_of
-from moe_compose.calibration.tokens import TokenSet, tokenise
+from moe_compose.calibration.texts import Texts, tokens_of
+from moe_compose.calibration.tokenizer import vocabulary_of
+from moe_compose.calibration.tokens import TokenSet
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.evaluation.result import Evaluation, Greedy
 from moe_compose.evaluation.rounds import Kept, key_of, rounds_of
+from moe_compose.version import versions
 
 if TYPE_CHECKING:
     from moe_compose.evaluation.sums import Sums
@@ -26,9 +26,6 @@ GREEDY, GREEDY_BYTES = 16, 4 << 30
 
 #: Tells how far it is: tokens done, tokens in all.
 Progress = Callable[[int, int], None]
-
-#: Text: tokens, domains, texts by domain, or texts.
-Texts = TokenSet | Sequence[Domain] | Mapping[str, Sequence[str]] | Sequence[str]
 
 
 def evaluate(
@@ -68,7 +65,7 @@ def evaluate(
     """
     options = options or EvaluateOptions()
     _check_vocabularies(source, against)
-    tokens = texts if isinstance(texts, TokenSet) else tokens_of(source, texts, options, against)
+    tokens = tokens_of(source, texts, options, against)
     kept = Kept(keep, key_of(source, against, tokens, options), resume=resume)
     pair = _Pair(source, against, options)
     total = pair.sums(tokens)
@@ -95,32 +92,7 @@ def evaluate(
             n: [asdict(f) for f in fs] for n, fs in zip(tokens.domains, tokens.files, strict=True)
         },
         options=asdict(options),
-        versions=_versions(),
-    )
-
-
-def tokens_of(
-    source: TensorSource,
-    texts: Sequence[Domain] | Mapping[str, Sequence[str]] | Sequence[str],
-    options: EvaluateOptions,
-    against: TensorSource | None = None,
-) -> TokenSet:
-    """Text as tokens of the source's own tokenizer, in sequences that both models' contexts hold.
-
-    Raises:
-        OptionError: there is too little of it, or ids are beyond the vocabulary.
-        UnsupportedError: the source has no tokenizer.
-    """
-    whole = not isinstance(texts, Mapping | str) and all(isinstance(x, Domain) for x in texts)
-    contexts = [context_of(s.config) or options.seq_len for s in (source, against) if s is not None]
-    ready = [x for x in texts if isinstance(x, Domain)] if whole else []
-    return tokenise(
-        ready or domains_of(texts),  # type: ignore[arg-type]
-        tokenizer_of(source),
-        tokens=options.tokens,
-        seq_len=min(options.seq_len, *contexts),
-        seed=options.seed,
-        vocabulary=vocabulary_of(source.config),
+        versions=versions("moe-compose", "torch", "transformers"),
     )
 
 
@@ -196,13 +168,3 @@ class _Pair:
             return [], [f"{text}; ask for it with --greedy {GREEDY}"]
         steps = GREEDY if steps is None else steps
         return (divergence(self.reference, self.model, tokens, steps) if steps else []), []
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("moe-compose", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -26,7 +26,7 @@ from moe_compose.surgery.replace import ChangedWriter, replace_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_compose.calibration.calibrate import Texts
+    from moe_compose.calibration.texts import Texts
     from moe_compose.calibration.tokens import TokenSet
     from moe_compose.recovery.homes import Homes
     from moe_compose.recovery.layer import Refitted
@@ -80,8 +80,7 @@ def refit(
         >>> small.reports["refit.json"]["layers"]["0"]                 # doctest: +SKIP
         {'before': 0.51, 'after': 0.22, 'changed': True, ...}
     """
-    from moe_compose.calibration.calibrate import tokens_of
-    from moe_compose.calibration.options import CalibrateOptions
+    from moe_compose.calibration.texts import tokens_of
     from moe_compose.recovery.homes import Homes
     from moe_compose.runtime import Runner
 
@@ -92,8 +91,7 @@ def refit(
             f"experts of {source.label} cannot be refitted: the router's weight multiplies their "
             "input, and what they return is not linear in it"
         )
-    how = CalibrateOptions(tokens=options.tokens, seq_len=options.seq_len, seed=options.seed)
-    tokens = tokens_of(source, texts, how)
+    tokens = tokens_of(source, texts, options)
     held = held_out(tokens, options.held_out)
     models = [Runner(x, dtype=options.dtype, device=options.device) for x in (source, plan)]
     writer = ChangedWriter(plan.config, folder)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from moe_compose.calibration.texts import Texts
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
-from moe_compose.evaluation import EvaluateOptions
-from moe_compose.evaluation.measure import Texts
+from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.prune_options import PruneOptions

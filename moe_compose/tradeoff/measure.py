@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures import MoE
+from moe_compose.calibration.texts import Texts, tokens_of
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
-from moe_compose.evaluation import EvaluateOptions, Evaluation, evaluate
-from moe_compose.evaluation.measure import Texts, tokens_of
+from moe_compose.evaluation.measure import evaluate
+from moe_compose.evaluation.options import EvaluateOptions
+from moe_compose.evaluation.result import Evaluation
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.recovery.refit import refit
 from moe_compose.surgery.plan import Plan
@@ -100,9 +102,6 @@ def bench(
         OptionError: the two texts share a file or a sequence, or only one of `fitted` and `refit`
             is given.
     """
-    from moe_compose.calibration.calibrate import tokens_of as calibration_tokens
-    from moe_compose.calibration.options import CalibrateOptions
-    from moe_compose.calibration.tokens import TokenSet
     from moe_compose.surgery.selection import moe_form
 
     if refit is not None and fitted is None:
@@ -111,12 +110,11 @@ def bench(
             hint="Give some that the result is not judged on (--refit-on FILE).",
         )
     options = replace(options or EvaluateOptions(), greedy=0)
-    held = texts if isinstance(texts, TokenSet) else tokens_of(source, texts, options)
+    held = tokens_of(source, texts, options)
     how = refit or RefitOptions()
     tokens = None
     if fitted is not None:
-        asked = CalibrateOptions(tokens=how.tokens, seq_len=how.seq_len, seed=how.seed)
-        tokens = calibration_tokens(source, fitted, asked)
+        tokens = tokens_of(source, fitted, how)
         check_apart(held, tokens)
     return Bench(source, moe_form(source)[1], held, options, tokens, how)
 

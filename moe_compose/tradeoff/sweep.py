@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from moe_compose.calibration.texts import Texts
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
-from moe_compose.evaluation import EvaluateOptions
-from moe_compose.evaluation.measure import Texts
+from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.plan import Plan, Preservation
 from moe_compose.surgery.prune_options import WITHOUT_STATS, PruneOptions, kept_count

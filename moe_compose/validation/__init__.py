@@ -8,7 +8,6 @@ given the source, both models on real text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from moe_compose.validation.structure import (
 )
 from moe_compose.validation.tensors import check_copied, check_values
 from moe_compose.validation.text import Document, read_text, sequences
+from moe_compose.version import versions
 
 __all__ = ["Agreement", "Check", "Receipt", "ValidationReport", "preflight", "validate"]
 
@@ -100,7 +100,7 @@ def validate(
         checks=tuple(checks),
         receipt=receipt,
         forward=forward,
-        versions=_versions(),
+        versions=versions("moe-compose", "torch", "transformers", "safetensors"),
     )
 
 
@@ -220,13 +220,3 @@ def _kept(record: Mapping[str, Any], against: TensorSource) -> dict[int, list[in
         return {int(layer): [int(e) for e in ids] for layer, ids in kept.items()}
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"{HISTORY_NAME} names kept experts that are no numbers") from e
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("moe-compose", "torch", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from moe_compose.runtime import Layer, Runner
 from moe_compose.validation.forward_cover import Cover
 from moe_compose.validation.forward_layers import Routed, Squares, probes, run_part
 from moe_compose.validation.forward_report import Errors, LayerForward, LogitForward
+from moe_compose.version import versions
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -41,8 +41,9 @@ def run(job: dict[str, Any], say: Say) -> None:
     name = torch.cuda.get_device_name() if cuda else "the CPU, in Triton's interpreter"
     runs = Runs(Checkpoint.open(job["path"]), "cuda" if cuda else "cpu", job["ids"])
     model, layers = runs.eager.model, [x for x in runs.eager.layers if x.experts is not None]
+    version = versions("triton").get("triton", "of torch")  # a build of torch's has another name
     seconds = None if cuda else job["seconds"]
-    start = {"device": name, "triton": _triton_version(), "sparse_layers": len(layers)}
+    start = {"device": name, "triton": version, "sparse_layers": len(layers)}
     say({"start": start | {"budget": seconds}})
     if not layers:
         text = f"{type(model).__name__} runs no experts through transformers' interface"
@@ -155,10 +156,3 @@ def _by_token(ours: Tensor, exact: Tensor) -> Tensor:
     """Relative error of every token's logits."""
     errors = (ours.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     return torch.nan_to_num(errors, nan=torch.inf)
-
-
-def _triton_version() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:  # a build that comes with torch has another name
-        return "of torch"

@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import moe_compose as mc
 from moe_compose.calibration.data import domains_of
+from moe_compose.calibration.texts import tokens_of
 from moe_compose.errors import OptionError, WriteError
-from moe_compose.evaluation import EvaluateOptions, evaluate
+from moe_compose.evaluation import measure
 from moe_compose.evaluation import rounds as rounds_module
-from moe_compose.evaluation.measure import tokens_of
+from moe_compose.evaluation.measure import evaluate
+from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.evaluation.rows import compare_rows, losses
 
 STORIES = Path(__file__).parents[2] / "examples/models/stories260K"
@@ -169,11 +171,13 @@ def test_an_interrupted_evaluation_goes_on(dense, other, tmp_path, monkeypatch):
     changed = replace(SMALL, seed=1)
     with pytest.raises(WriteError, match="other options"):
         evaluate(other, TEXTS, against=dense, options=changed, keep=keep, resume=True)
-    ran = []
-    resumed = evaluate(
-        other, TEXTS, against=dense, options=SMALL, keep=keep, resume=True,
-        progress=lambda done, total: ran.append(done),
-    )  # fmt: skip
+    ran, once = [], measure._Pair.round
+    monkeypatch.setattr(
+        measure._Pair, "round", lambda pair, part: ran.append(part) or once(pair, part)
+    )
+    resumed = evaluate(other, TEXTS, against=dense, options=SMALL, keep=keep, resume=True)
+    rounds = list(rounds_module.rounds_of(tokens_of(other, TEXTS, SMALL)))
+    assert 0 < len(ran) < len(rounds), "finished rounds are not run again"
     assert resumed == whole
     assert not keep.exists()
     keep.write_text("{")
