@@ -84,8 +84,8 @@ def test_batches_do_not_change_the_figures(dense, other):
     for name in TEXTS:
         a, b = alone.domains[name], together.domains[name]
         assert (a.tokens, a.predicted) == (b.tokens, b.predicted)
-        for measure in ("loss", "reference_loss", "kl", "top1", "overlap"):
-            assert getattr(a, measure) == pytest.approx(getattr(b, measure), rel=1e-4, abs=1e-9)
+        for figure in ("loss", "reference_loss", "kl", "top1", "overlap"):
+            assert getattr(a, figure) == pytest.approx(getattr(b, figure), rel=1e-4, abs=1e-9)
     for a, b in zip(alone.layers, together.layers, strict=True):
         assert a.error == pytest.approx(b.error, rel=1e-4)
 
