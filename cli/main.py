@@ -19,14 +19,24 @@ from typer.main import get_command
 from moe_compose.errors import MoeComposeError
 from moe_compose.version import __version__
 
+from .commands.anchor import anchor
 from .commands.calibrate import calibrate
+from .commands.change import add_expert, expand, remove_expert, swap_expert
+from .commands.compose import compose
+from .commands.diff import diff
 from .commands.evaluate import evaluate
+from .commands.extract import extract
 from .commands.inspect import inspect
 from .commands.ls import ls
 from .commands.merge import merge
+from .commands.pack_expert import pack_expert
 from .commands.plot import plot
 from .commands.prune import prune
+from .commands.quant_plan import quant_plan
+from .commands.report import report
+from .commands.run import run as run_recipe
 from .commands.sweep import sweep
+from .commands.train_router import train_router
 from .commands.tune import tune
 from .commands.upcycle import upcycle
 from .commands.validate import validate
@@ -43,10 +53,22 @@ app = typer.Typer(
 )
 for command in (
     inspect,
+    diff,
+    report,
     upcycle,
+    compose,
+    anchor,
+    add_expert,
+    swap_expert,
+    remove_expert,
+    expand,
+    extract,
+    pack_expert,
     prune,
     merge,
     sweep,
+    quant_plan,
+    train_router,
     calibrate,
     validate,
     evaluate,
@@ -55,6 +77,7 @@ for command in (
     ls,
 ):
     app.command()(command)
+app.command("run")(run_recipe)
 
 
 def _show_version(wanted: bool) -> None:

@@ -157,9 +157,22 @@ class Output:
 @contextmanager
 def _bar(console: Console, what: str, unit: str) -> Iterator[Count]:
     from rich import progress as rich
+    from rich.text import Text
+
+    class _Rate(rich.ProgressColumn):
+        """The unit, and how many of it a second."""
+
+        def __init__(self, unit: str) -> None:
+            super().__init__()
+            self._unit = unit
+
+        def render(self, task: rich.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            rate = f", {speed:,.0f}/s" if speed and speed >= 1 else ""
+            return Text(f"{self._unit}{rate}")
 
     in_bytes = (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
-    counted = (rich.MofNCompleteColumn(), rich.TextColumn(unit, markup=False))
+    counted = (rich.MofNCompleteColumn(), _Rate(unit))
     columns = (
         rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(bar_width=None),

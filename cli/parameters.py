@@ -11,7 +11,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -61,16 +61,31 @@ def with_options(cls: type, parameter: str = "options") -> Callable[..., Callabl
             lists = {n: tuple(v) for n, v in chosen.items() if isinstance(v, list)}
             command(**given, **{parameter: cls(**chosen | lists)})
 
-        own: list[inspect.Parameter] = []
-        for p in inspect.signature(command, eval_str=True).parameters.values():
-            p = p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            own += flags.values() if p.name == parameter else [p]
-        signature = inspect.Signature(own)
-        run.__signature__ = signature  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in own}
-        return run
+        return with_parameters(run, command, parameter, list(flags.values()))
 
     return decorate
+
+
+def with_parameters(
+    run: Callable[..., None],
+    command: Callable[..., None],
+    parameter: str,
+    flags: list[inspect.Parameter],
+) -> Callable[..., None]:
+    """`run` with the signature of `command`, but for one parameter that becomes flags.
+
+    Args:
+        run: what typer calls.
+        command: what it stands for.
+        parameter: of `command`.
+        flags: in its place.
+    """
+    own: list[inspect.Parameter] = []
+    for p in inspect.signature(command, eval_str=True).parameters.values():
+        own += flags if p.name == parameter else [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    run.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in own}
+    return run
 
 
 def _flags(cls: type) -> Mapping[str, inspect.Parameter]:
@@ -79,16 +94,20 @@ def _flags(cls: type) -> Mapping[str, inspect.Parameter]:
 
 
 def _flag(field: Field[Any], hint: Any, doc: str) -> inspect.Parameter:
-    """A field as a flag. A tuple of texts is a flag that may be repeated."""
-    default: Any = field.default
+    """A field as a flag. A tuple of texts is a flag that may be repeated; one that is on unless
+    told otherwise has a `--no-` beside it.
+    """
+    required = field.default is MISSING
+    default: Any = inspect.Parameter.empty if required else field.default
     if get_origin(hint) is tuple:
-        hint, default = list[str], list(default)
+        hint, default = list[str], default if required else list(default)
     kinds = [t for t in get_args(hint) if t is not types.NoneType] if _optional(hint) else [hint]
+    flag = flag_of(field.name)
     option = typer.Option(
-        flag_of(field.name),
+        f"{flag}/--no-{flag[2:]}" if default is True else flag,
         help=doc,
         metavar=_METAVARS.get(kinds[0], "TEXT") if kinds[0] is not bool else None,
-        show_default=default not in (None, []),
+        show_default=not required and default not in (None, []),
     )
     return inspect.Parameter(
         field.name,

@@ -13,17 +13,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moe_compose.reporting.inspect import inspect
 from moe_compose.reporting.inspection import CONVENTION, Inspection, parts_of
 from moe_compose.reporting.units import bytes_text, count
 
+from .history_screen import history_rows
 from .output import visible
 
 if TYPE_CHECKING:
-    from moe_compose.architectures.estimates import ServingMemory
     from moe_compose.architectures.parts import Parameters
     from moe_compose.reporting.catalogue import FamilyRow, MethodRow
-    from moe_compose.surgery.plan import Plan
     from moe_compose.validation.report import Check, Receipt, ValidationReport
 
 _SIGNS = {
@@ -32,7 +30,6 @@ _SIGNS = {
     "fail": ("✗", "bold red"),
     "skip": ("–", "dim"),
 }
-_KINDS = {"exact": "green", "approximate": "yellow", "none": "yellow"}
 
 
 def title(text: str, rest: str = "") -> RenderableType:
@@ -66,57 +63,10 @@ def _indented(*parts: RenderableType) -> RenderableType:
     return Padding(Group(*parts), (1, 0, 0, 2), expand=False)
 
 
-def plan_screen(plan: Plan, output: str) -> RenderableType:
-    """What a plan will write: the screen of `--dry-run`."""
-    from moe_compose.reporting.card import method_of
-
-    summary, after = plan.summary(), inspect(plan)
-    befores = [inspect(source) for source in plan.sources.values()]
-    rows: list[tuple[str, RenderableType]] = [
-        ("from", f"{b.checkpoint}: {_short(b)}") for b in befores
-    ]
-    rows.append(("to", _short(after)))
-    if found := method_of(plan):
-        name, what, paper = found
-        rows += [("method", f"{name}: {what}"), ("paper", paper)]
-    kind = plan.preservation.kind
-    rest = str(plan.preservation).removeprefix(kind)
-    rows.append(("preservation", Text.assemble((kind, _KINDS[kind]), visible(rest))))
-    before = " + ".join(count(b.total) for b in befores)
-    p = summary.parameters
-    rows.append(("parameters", f"{before} → {count(p.total)} total, {count(p.active)} active"))
-    copied = f", {summary.copied_bytes / max(summary.bytes, 1):.1%} of it copied as it is"
-    local = all(b.weight_files for b in befores)
-    on_disk = f"{bytes_text(summary.bytes)} in {summary.tensors} tensors"
-    rows.append(("bytes", on_disk + (copied if local else "")))
-    rows.append(("to serve", _memory_line(summary.memory)))
-    rows += [("note" if i == 0 else "", note) for i, note in enumerate(plan.notes)]
-    rows.append(("digest", plan.digest()))
-    return Group(title(plan.operation, f"→ {output}"), facts(rows))
-
-
-def _short(found: Inspection) -> str:
-    """A checkpoint in one line: `llama, dense, 5 layers`."""
-    words = [found.model_type or "unknown family", {"moe": "MoE"}.get(found.kind, found.kind)]
-    if found.experts and found.sparse_layers:
-        e = found.experts
-        words.append(f"{e.num_experts} experts of width {e.width}, {e.top_k} per token")
-        words += [f"shared expert of width {e.shared_width}"] if e.shared_width else []
-        words.append(f"in {_how_many(found)} layers")
-    else:
-        words.append(f"{found.layers or 0} layers")
-    return ", ".join(words)
-
-
-def _how_many(found: Inspection) -> str:
+def how_many(found: Inspection) -> str:
     """`all 5`, or `12 of 24`."""
     sparse, layers = len(found.sparse_layers), found.layers or 0
     return f"all {layers}" if sparse == layers else f"{sparse} of {layers}"
-
-
-def _memory_line(memory: ServingMemory) -> str:
-    weights = ", ".join(f"{name} {bytes_text(size)}" for name, size in memory.weights.items())
-    return f"{weights} (estimates; cache and activations on top)"
 
 
 def inspection_screen(found: Inspection) -> RenderableType:
@@ -147,30 +97,21 @@ def _inspection_facts(found: Inspection) -> list[tuple[str, RenderableType]]:
         shared = f", shared expert of width {e.shared_width}" if e.shared_width else ""
         zero = f", {e.zero_experts} of no FFN at all" if e.zero_experts else ""
         text = f"{e.num_experts} of width {e.width}, {e.top_k} per token{shared}{zero}"
-        rows += [("experts", f"{text}; in {_how_many(found)} layers"), ("routing", e.routing)]
+        rows += [("experts", f"{text}; in {how_many(found)} layers"), ("routing", e.routing)]
+        if e.names:
+            named = [f"{i} {name}" for i, name in enumerate(e.names) if name]
+            rows.append(("names", ", ".join(named)))
     if found.parameters and found.parameters.mtp:
         rows.append(("MTP", f"{found.parameters.mtp:,} parameters, outside the counts below"))
     dtypes = [f"{d} {bytes_text(s.bytes)} in {s.tensors}" for d, s in found.dtypes.items()]
     rows.append(("tensors", ", ".join(dtypes)))
-    rows += [("history" if i == 0 else "", text) for i, text in enumerate(_records(found.history))]
+    rows += history_rows(found.history)
     if found.validation is not None:
         rows.append(("validation", _verdict(found.validation)))
     rows += [("note" if i == 0 else "", note) for i, note in enumerate(found.notes)]
     if found.revision:
         rows.append(("revision", found.revision))
     return rows
-
-
-def _records(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """One line a record; whoever wrote it, it is shown as it is."""
-    for record in history:
-        sources = record.get("sources")
-        labels = [s.get("label") for s in sources or () if isinstance(s, Mapping)]
-        stated = record.get("preservation")
-        kind = stated.get("kind") if isinstance(stated, Mapping) else None
-        digest = str(record.get("plan_digest"))[:8]
-        named = ", ".join(map(str, labels))
-        yield f"{record.get('operation')} of {named} (preservation: {kind}; plan {digest})"
 
 
 def _verdict(report: Mapping[str, Any]) -> RenderableType:
@@ -289,6 +230,15 @@ def _family_text(row: FamilyRow) -> Text:
 
 
 def methods_screen(rows: Sequence[MethodRow]) -> RenderableType:
-    """`ls methods`."""
-    head = ("method", "what it does", "preservation", "paper")
-    return grid_of(head, [(r.method, r.summary, r.preservation, r.paper) for r in rows])
+    """`ls methods`: a table for every operation."""
+    parts: list[RenderableType] = []
+    for operation in dict.fromkeys(r.operation for r in rows):
+        grows = operation == "upcycle"
+        head = (operation, "what it does", "preservation" if grows else "needs", "paper")
+        table = [
+            (r.method, r.summary, r.preservation if grows else r.needs, r.paper)
+            for r in rows
+            if r.operation == operation
+        ]
+        parts += [*([Text("")] if parts else []), grid_of(head, table)]
+    return Group(*parts)

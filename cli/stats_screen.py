@@ -38,6 +38,8 @@ def stats_screen(stats: ExpertStats) -> RenderableType:
     if record.sample:
         size = bytes_text(record.sample_bytes)
         rows.append(("similarity", f"on {record.sample} tokens, {size} on disk"))
+    if record.loo_tokens:
+        rows.append(("masked", f"each expert in turn, on {record.loo_tokens:,} tokens"))
     rows += [("note" if i == 0 else "", note) for i, note in enumerate(record.notes)]
     rows.append(("enough?", _verdict(layers)))
     table = Padding(_layers_table(layers), (1, 0, 0, 2), expand=False)

@@ -18,14 +18,24 @@ from moe_compose.version import __version__
 
 if TYPE_CHECKING:
     from moe_compose import kernels as kernels
+    from moe_compose import training as training
     from moe_compose.calibration.aimer import rank_by_weights
     from moe_compose.calibration.calibrate import calibrate
+    from moe_compose.calibration.data import read_texts
     from moe_compose.calibration.merging import group_and_align, merge
     from moe_compose.calibration.options import CalibrateOptions
     from moe_compose.calibration.pruning import prune
+    from moe_compose.calibration.quant_options import QuantPlanOptions
+    from moe_compose.calibration.quantisation import QuantPlan, plan_quantisation
     from moe_compose.calibration.sequence import merge_in_sequence
     from moe_compose.calibration.stats import ExpertStats
     from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.composition.change import add_expert, remove_expert, swap_expert
+    from moe_compose.composition.compose import compose
+    from moe_compose.composition.initialise import route_by_text
+    from moe_compose.composition.options import RoutingOptions
+    from moe_compose.composition.pack import pack_expert
+    from moe_compose.composition.statistics import RouterStats
     from moe_compose.errors import (
         CheckpointError,
         MoeComposeError,
@@ -37,24 +47,41 @@ if TYPE_CHECKING:
     from moe_compose.evaluation.measure import evaluate
     from moe_compose.evaluation.options import EvaluateOptions
     from moe_compose.evaluation.result import Evaluation
+    from moe_compose.recipe.reading import Recipe, read_recipe
+    from moe_compose.recipe.running import run_recipe
     from moe_compose.recovery.options import RefitOptions
     from moe_compose.recovery.refit import refit
     from moe_compose.reporting.card import model_card
+    from moe_compose.reporting.diff import diff
+    from moe_compose.reporting.difference import Difference
     from moe_compose.reporting.inspect import inspect
     from moe_compose.reporting.inspection import Inspection
     from moe_compose.reporting.publish import record_validation, write
+    from moe_compose.reporting.quant_recipe import write_quant_plan
+    from moe_compose.reporting.report import html_report, write_report
+    from moe_compose.surgery.add_expert import AddOptions
+    from moe_compose.surgery.anchor import AnchorOptions, anchor
+    from moe_compose.surgery.compose_options import ComposeOptions
+    from moe_compose.surgery.donors import Donor
+    from moe_compose.surgery.expand import ExpandOptions, expand
+    from moe_compose.surgery.extract import extract
+    from moe_compose.surgery.extract_options import ExtractOptions
     from moe_compose.surgery.groups import ExpertGroups, Grouping
     from moe_compose.surgery.merge_options import MergeOptions
     from moe_compose.surgery.plan import Plan
     from moe_compose.surgery.prune_options import PruneOptions
     from moe_compose.surgery.ranking import Ranking
+    from moe_compose.surgery.remove_expert import RemoveOptions
     from moe_compose.surgery.replace import Changed, replace_tensors
+    from moe_compose.surgery.swap_expert import SwapOptions
     from moe_compose.surgery.upcycle import upcycle
     from moe_compose.surgery.upcycle_options import UpcycleOptions
     from moe_compose.tradeoff.fewest import fewest
     from moe_compose.tradeoff.options import SweepOptions
     from moe_compose.tradeoff.result import Sweep
     from moe_compose.tradeoff.sweep import sweep
+    from moe_compose.training.options import TrainOptions
+    from moe_compose.training.train import train_router
     from moe_compose.validation import validate
     from moe_compose.validation.report import ValidationReport
 
@@ -65,11 +92,31 @@ _HOME = {
     "Inspection": "reporting.inspection",
     "UpcycleOptions": "surgery.upcycle_options",
     "upcycle": "surgery.upcycle",
+    "ComposeOptions": "surgery.compose_options",
+    "compose": "composition.compose",
+    "RoutingOptions": "composition.options",
+    "RouterStats": "composition.statistics",
+    "route_by_text": "composition.initialise",
+    "Donor": "surgery.donors",
+    "AnchorOptions": "surgery.anchor",
+    "anchor": "surgery.anchor",
+    "AddOptions": "surgery.add_expert",
+    "add_expert": "composition.change",
+    "SwapOptions": "surgery.swap_expert",
+    "swap_expert": "composition.change",
+    "RemoveOptions": "surgery.remove_expert",
+    "remove_expert": "composition.change",
+    "ExpandOptions": "surgery.expand",
+    "expand": "surgery.expand",
+    "ExtractOptions": "surgery.extract_options",
+    "extract": "surgery.extract",
+    "pack_expert": "composition.pack",
     "Plan": "surgery.plan",
     "write": "reporting.publish",
     "validate": "validation",
     "ValidationReport": "validation.report",
     "record_validation": "reporting.publish",
+    "read_texts": "calibration.data",
     "CalibrateOptions": "calibration.options",
     "calibrate": "calibration.calibrate",
     "ExpertStats": "calibration.stats",
@@ -87,6 +134,8 @@ _HOME = {
     "replace_tensors": "surgery.replace",
     "RefitOptions": "recovery.options",
     "refit": "recovery.refit",
+    "TrainOptions": "training.options",
+    "train_router": "training.train",
     "EvaluateOptions": "evaluation.options",
     "evaluate": "evaluation.measure",
     "Evaluation": "evaluation.result",
@@ -94,6 +143,17 @@ _HOME = {
     "sweep": "tradeoff.sweep",
     "Sweep": "tradeoff.result",
     "fewest": "tradeoff.fewest",
+    "Recipe": "recipe.reading",
+    "read_recipe": "recipe.reading",
+    "run_recipe": "recipe.running",
+    "diff": "reporting.diff",
+    "Difference": "reporting.difference",
+    "html_report": "reporting.report",
+    "write_report": "reporting.report",
+    "QuantPlanOptions": "calibration.quant_options",
+    "plan_quantisation": "calibration.quantisation",
+    "QuantPlan": "calibration.quantisation",
+    "write_quant_plan": "reporting.quant_recipe",
     "model_card": "reporting.card",
     "MoeComposeError": "errors",
     "OptionError": "errors",
@@ -104,7 +164,7 @@ _HOME = {
 }
 
 #: Subpackages that are used by name: `mc.kernels.moe_forward(...)`.
-_ROOMS = ("kernels",)
+_ROOMS = ("kernels", "training")
 
 __all__ = [  # noqa: RUF022 - reading order
     "Checkpoint",
@@ -112,11 +172,31 @@ __all__ = [  # noqa: RUF022 - reading order
     "Inspection",
     "UpcycleOptions",
     "upcycle",
+    "ComposeOptions",
+    "compose",
+    "RoutingOptions",
+    "RouterStats",
+    "route_by_text",
+    "Donor",
+    "AnchorOptions",
+    "anchor",
+    "AddOptions",
+    "add_expert",
+    "SwapOptions",
+    "swap_expert",
+    "RemoveOptions",
+    "remove_expert",
+    "ExpandOptions",
+    "expand",
+    "ExtractOptions",
+    "extract",
+    "pack_expert",
     "Plan",
     "write",
     "validate",
     "ValidationReport",
     "record_validation",
+    "read_texts",
     "CalibrateOptions",
     "calibrate",
     "ExpertStats",
@@ -134,6 +214,8 @@ __all__ = [  # noqa: RUF022 - reading order
     "replace_tensors",
     "RefitOptions",
     "refit",
+    "TrainOptions",
+    "train_router",
     "EvaluateOptions",
     "evaluate",
     "Evaluation",
@@ -141,6 +223,17 @@ __all__ = [  # noqa: RUF022 - reading order
     "sweep",
     "Sweep",
     "fewest",
+    "Recipe",
+    "read_recipe",
+    "run_recipe",
+    "diff",
+    "Difference",
+    "html_report",
+    "write_report",
+    "QuantPlanOptions",
+    "plan_quantisation",
+    "QuantPlan",
+    "write_quant_plan",
     "model_card",
     "MoeComposeError",
     "OptionError",

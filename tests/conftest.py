@@ -1,6 +1,11 @@
 """What all tests share."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as processors, over all workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from moe_compose.validation import forward
 

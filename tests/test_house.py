@@ -20,10 +20,12 @@ LEVELS = [
     {"kernels", "runtime"},
     {"calibration"},
     {"evaluation"},
-    {"recovery"},
+    {"recovery", "composition"},
+    {"training"},
     {"tradeoff"},
     {"validation"},
     {"reporting"},
+    {"recipe"},
     {""},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
@@ -36,7 +38,7 @@ MEASURING = {
     f"calibration/{name}.py"
     for name in (
         *("calibrate", "calls", "observe", "once", "pairs", "ranks", "residual", "router"),
-        "sampling",
+        *("sampling", "leave_out", "masked_error"),
         *("similarity", "stats", "files", "criteria", "losses", "aimer"),
         *("grouping", "alignment", "sequence"),
     )
@@ -45,10 +47,36 @@ MEASURING = {
 #: Only ever imported by a refit that runs.
 SOLVING = {f"recovery/{name}.py" for name in ("homes", "layer", "ridge")}
 
+#: Only ever imported by routers that are being made from text.
+ROUTING = {
+    f"composition/{name}.py"
+    for name in ("blocks", "forcing", "measure", "new_row", "rows", "search", "statistics")
+}
+
+#: Of training, what is imported by a training that runs; its options are read without torch.
+TRAINING = {
+    f"training/{name}.py"
+    for name in (
+        *("balance", "batches", "chosen", "engine", "freezing", "loop", "masters", "measure"),
+        *("objectives", "routers", "state", "train", "ffn", "layerwise", "one_layer"),
+        "adapters",
+    )
+}
+
 #: Heavy packages, and the rooms (or single modules) that may import them at module level.
 HEAVY = {
-    "torch": {"routing", "kernels", "runtime", "evaluation", *WORKER, *MEASURING, *SOLVING},
-    "transformers": set(),
+    "torch": {
+        "routing",
+        "kernels",
+        "runtime",
+        "evaluation",
+        *WORKER,
+        *MEASURING,
+        *SOLVING,
+        *ROUTING,
+        *TRAINING,
+    },
+    "transformers": {"training/freezing.py"},
     "numpy": set(),
     "triton": {"kernels"},
 }

@@ -132,9 +132,6 @@ def refitted(
 
 def read_words(words: Sequence[str]) -> tuple[Domain, ...] | None:
     """Texts that were given as `FILE` or `NAME=FILE`; None where there are none."""
-    from moe_compose.calibration.data import parse_domains, read_domains
+    from moe_compose.calibration.data import read_texts
 
-    if not words:
-        return None
-    named = [w for w in words if "=" in w]
-    return read_domains(parse_domains(named, [w for w in words if "=" not in w]))
+    return read_texts(*words) if words else None

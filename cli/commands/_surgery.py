@@ -36,6 +36,8 @@ class How:
     overwrite: bool
     validate: bool
     data: Path | None
+    push_to_hub: str | None = None
+    private: bool = False
 
     @property
     def where(self) -> dict[str, Any]:
@@ -66,10 +68,14 @@ def carry_out(
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.reporting import publish
 
-    from ..screens import plan_screen
+    from ..plan_screen import plan_screen
 
     begun = time.monotonic()
     _check_text(how.data)
+    if how.push_to_hub is not None:
+        from moe_compose.reporting.hub import check_repo
+
+        check_repo(how.push_to_hub)
     original = Checkpoint.open(source, headers_only=how.dry_run)
     plan = make(original)
     destination = publish.check_destination(plan, output, **how.where)
@@ -84,8 +90,10 @@ def carry_out(
     else:
         written = _write(plan, output, how.where)
         if how.validate:
-            report = _validate(written, original, plan, how.data, source)
+            report = _validate(written, _reference(plan, original), plan, how.data)
         _say_next(written, output, source, report)
+        if how.push_to_hub is not None and (report is None or report.ok):
+            _push(written, how.push_to_hub, how.private)
     document = {"dry_run": how.dry_run, "seconds": round(time.monotonic() - begun, 3)}
     found = _document(plan, original, output, destination, report)
     out.result(found | document, str(output))
@@ -99,6 +107,15 @@ def _check_text(data: Path | None) -> None:
 
     if data is not None and not data.is_fifo():  # a pipe gives its text only once
         read_text(data)
+
+
+def _push(written: Checkpoint, repo: str, private: bool) -> None:
+    """To the Hub, what is valid."""
+    from moe_compose.reporting.hub import push
+
+    with out.waiting(f"pushing {written.label} to {repo}"):
+        url = push(written, repo, private=private)
+    out.hint(f"On the Hub: {url}")
 
 
 def _preflight(plan: Plan) -> None:
@@ -118,8 +135,16 @@ def _write(plan: Plan, output: Path, where: dict[str, Any]) -> Checkpoint:
         return publish.write(plan, output, progress=progress, **where)
 
 
+def _reference(plan: Plan, original: Checkpoint) -> Checkpoint:
+    """What the plan's statement of how exact it is, is about."""
+    from moe_compose.checkpoint.reader import Checkpoint
+
+    found = plan.sources.get(plan.preservation.reference)
+    return found if isinstance(found, Checkpoint) else original
+
+
 def _validate(
-    written: Checkpoint, original: Checkpoint, plan: Plan, data: Path | None, source: str
+    written: Checkpoint, original: Checkpoint, plan: Plan, data: Path | None
 ) -> ValidationReport:
     """Measure what was stated, keep it, and show it."""
     from moe_compose import validation
@@ -127,7 +152,8 @@ def _validate(
 
     from ..screens import report_screen
 
-    again = f"moe-compose validate {shlex.quote(str(written.path))} --against {shlex.quote(source)}"
+    here, there = shlex.quote(str(written.path)), shlex.quote(str(original.path))
+    again = f"moe-compose validate {here} --against {there}"
     out.interrupted = f"The checkpoint is written, but not validated. Do that with:\n  {again}"
     with out.waiting(f"validating {written.label} against {original.label}"):
         report = validation.validate(

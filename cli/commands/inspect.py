@@ -37,7 +37,9 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a checkpoint: family, experts, routing, parameters, memory. Reads no weights."""
+    """Show a checkpoint: family, experts, routing, parameters, memory, surgery history. Reads no
+    weights.
+    """
     out.configure(as_json=as_json, quiet=quiet)
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.reporting.inspect import inspect

@@ -9,26 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_compose.calibration.options import CalibrateOptions
-from moe_compose.checkpoint.writer import SHARD_SIZE
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.merge_options import MergeOptions
 
 from ..output import out
-from ..parameters import (
-    Data,
-    DryRun,
-    Json,
-    Moe,
-    Output,
-    Overwrite,
-    Quiet,
-    Resume,
-    ShardSize,
-    Validate,
-    with_options,
-)
+from ..parameters import Moe, Output, with_options
 from ._refit import TOKENS, Refit, RefitOn, RefitTokens, read_words, refitted
 from ._surgery import How, carry_out
+from ._writing import with_writing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,11 +57,13 @@ Explain = Annotated[
 ]
 
 
+@with_writing()
 @with_options(MergeOptions)
 def merge(
     source: Moe,
     output: Output,
     options: MergeOptions,
+    how: How,
     stats: Stats = None,
     domains: Domains = [],  # noqa: B006 - typer's way of saying "none"
     tokens: Tokens = MEASURE.tokens,
@@ -83,14 +73,6 @@ def merge(
     refit: Refit = False,
     refit_on: RefitOn = [],  # noqa: B006
     refit_tokens: RefitTokens = TOKENS,
-    shard_size: ShardSize = SHARD_SIZE,
-    dry_run: DryRun = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    validate: Validate = True,
-    data: Data = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Merge experts that are alike into weighted means of them.
 
@@ -99,18 +81,16 @@ def merge(
     With --refit the merged experts also make up for what is lost. Groups and weights are in
     merging.json beside the result. Exit code 3: written, but not whole.
     """
-    out.configure(as_json=as_json, quiet=quiet)
     measure = replace(MEASURE, tokens=tokens, seq_len=seq_len, sample=sample)
     _check(stats, domains, measure)
     _check_refit(refit, refit_on)
-    how = How(shard_size, dry_run, resume, overwrite, validate, data)
 
     def make(original: Checkpoint) -> Plan:
         if stats is not None:
             plan = _by_statistics(original, options, stats)
         else:
             plan = _in_sequence(original, options, domains, measure)
-        if not refit or dry_run:
+        if not refit or how.dry_run:
             return plan
         texts = read_words(refit_on) or ()
         return refitted(plan, original, texts, RefitOptions(tokens=refit_tokens))

@@ -8,26 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_compose.checkpoint.writer import SHARD_SIZE
 from moe_compose.surgery.prune_options import WITHOUT_STATS, PruneOptions
 
 from ..output import out
-from ..parameters import (
-    Domains,
-    DryRun,
-    Json,
-    Moe,
-    Output,
-    Overwrite,
-    Quiet,
-    Resume,
-    ShardSize,
-    Texts,
-    Validate,
-    with_options,
-)
+from ..parameters import Domains, Moe, Output, Texts, with_options
 from ._refit import TOKENS, MaxKl, Recovery, Refit, RefitOn, RefitTokens, refitted
 from ._surgery import How, carry_out
+from ._writing import with_writing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,11 +40,13 @@ Explain = Annotated[
 ]
 
 
+@with_writing(data=False)
 @with_options(PruneOptions)
 def prune(
     source: Moe,
     output: Output,
     options: PruneOptions,
+    how: How,
     stats: Stats = None,
     explain: Explain = False,
     max_kl: MaxKl = None,
@@ -65,14 +54,7 @@ def prune(
     refit_on: RefitOn = [],  # noqa: B006 - typer's way of saying "none"
     refit_tokens: RefitTokens = TOKENS,
     domains: Domains = [],  # noqa: B006
-    shard_size: ShardSize = SHARD_SIZE,
-    dry_run: DryRun = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    validate: Validate = True,
     data: Texts = [],  # noqa: B006
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Remove the experts that matter least from a mixture of experts.
 
@@ -81,16 +63,15 @@ def prune(
     stay also make up for those that went. With --max-kl the count is found by bisection on
     held-out text (--data, --domain). Exit code 3: written, but not what was stated.
     """
-    out.configure(as_json=as_json, quiet=quiet)
     recovery = Recovery(max_kl, refit, tuple(refit_on), refit_tokens, tuple(domains), tuple(data))
     recovery.check()
     compare_on = Path(data[0]) if data and not recovery.wanted else None
-    how = How(shard_size, dry_run, resume, overwrite, validate, compare_on)
+    how = replace(how, data=compare_on)
 
     def make(original: Checkpoint) -> Plan:
         if not recovery.wanted:
             return _plan(original, options, stats)
-        return _recovered(original, options, stats, recovery, dry_run)
+        return _recovered(original, options, stats, recovery, how.dry_run)
 
     def more(plan: Plan) -> RenderableType:
         from rich.console import Group

@@ -34,6 +34,21 @@ Forward = Annotated[
         show_default=False,
     ),
 ]
+Engines = Annotated[
+    bool,
+    typer.Option(
+        "--engines", help="Run other engines that are installed, and say what is known of the rest."
+    ),
+]
+EnginePython = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-python",
+        metavar="ENGINE=PYTHON",
+        help="A Python that can import vllm, llama.cpp, mlx-lm, or transformers-4 (repeatable).",
+        show_default=False,
+    ),
+]
 
 
 def validate(
@@ -42,6 +57,8 @@ def validate(
     data: Data = None,
     tokens: Tokens = 1024,
     forward_seconds: Forward = None,
+    engines: Engines = False,
+    engine_python: EnginePython = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -49,8 +66,9 @@ def validate(
 
     Structure, values and portability are checked; the forward pass of an MoE is run through Triton
     kernels and through eager, both against fp64; with --against SOURCE both models are run on text
-    and their logits compared. The findings are kept as validation.json beside it. Exit code
-    3: it is not valid, or not as exact as the last operation on it stated.
+    and their logits compared; with --engines other engines go on from prompts, greedily. The
+    findings are kept as validation.json beside it. Exit code 3: it is not valid, not as exact as
+    the last operation on it stated, or not the same in an engine that --engine-python names.
     """
     out.configure(as_json=as_json, quiet=quiet)
     from moe_compose import validation
@@ -58,14 +76,22 @@ def validate(
     from moe_compose.errors import WriteError
     from moe_compose.reporting.publish import record_validation
 
+    from ..engines_screen import engines_screen
     from ..screens import report_screen
 
     checkpoint = Checkpoint.open(path)
     source = Checkpoint.open(against) if against is not None else None
     with out.waiting(f"validating {checkpoint.label}"):
         report = validation.validate(
-            checkpoint, against=source, data=data, tokens=tokens, forward_seconds=forward_seconds
+            checkpoint,
+            against=source,
+            data=data,
+            tokens=tokens,
+            forward_seconds=forward_seconds,
+            engines=_pythons(engine_python or []) if engines or engine_python else None,
         )
+    if report.engines:
+        out.show(engines_screen(report))
     out.show(report_screen(report))
     out.result(report.to_json(), "ok" if report.ok else "not ok")
     if checkpoint.revision is None:  # the Hub's cache is nobody's to write into
@@ -81,3 +107,13 @@ def validate(
                 )
     if not report.ok:
         raise typer.Exit(3)
+
+
+def _pythons(given: list[str]) -> dict[str, str]:
+    """ENGINE=PYTHON, as a mapping."""
+    wrong = [text for text in given if not all(text.partition("="))]
+    if wrong:
+        raise typer.BadParameter(
+            f"{', '.join(wrong)}: write ENGINE=PYTHON", param_hint="--engine-python"
+        )
+    return {name: python for name, _, python in (text.partition("=") for text in given)}

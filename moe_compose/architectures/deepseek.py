@@ -129,6 +129,7 @@ DEEPSEEK_V3 = Architecture(
         frequency=Key(name="moe_layer_freq", default=1),
     ),
     mtp=MTP_LAYERS,
+    spelled={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     twins=(Twin(dense="youtu", config={**WEIGHTS_SUM_TO_1, "num_nextn_predict_layers": 0}),),
 )
 

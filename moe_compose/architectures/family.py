@@ -66,6 +66,8 @@ class Architecture:
         embedding, head: names of the token embedding and the output projection.
         facts: what the config class assumes where `config.json` is silent, for entries that change
             what the model computes.
+        spelled: entries that say in a published config what this family always does, and that other
+            engines go by though its own class does not; written into results, not asked of sources.
         per_layer_rope: rope parameters are kept per layer type; there is only one dialect of them.
         twins: dense families that this one can be grown from.
         without_experts: the form of a checkpoint of this family whose config turns experts off in
@@ -108,6 +110,7 @@ class Architecture:
     hidden: Key = Key(name="hidden_size")
     layers: Key = Key(name="num_hidden_layers", most=10_000)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    spelled: Mapping[str, Any] = field(default_factory=dict)
     per_layer_rope: bool = False
     twins: tuple[Twin, ...] = ()
     without_experts: Architecture | None = None

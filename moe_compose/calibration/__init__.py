@@ -13,6 +13,7 @@
     pairs.py        what each expert makes of the tokens routed to it
     residual.py     the residual stream that a block of experts adds to
     router.py       the router's logits
+    leave_out.py    what a layer loses without an expert; masked_error.py measures it
     similarity.py   how alike experts are, on a sample of tokens; sampling.py draws it
     calibrate.py    all layers, resumable
     ranks.py        several processes, each on its part of the text

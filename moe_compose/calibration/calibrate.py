@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from moe_compose.architectures import MoE
 from moe_compose.calibration import files, similarity
 from moe_compose.calibration.calls import experts_in
 from moe_compose.calibration.checks import check_layers, moe_of
+from moe_compose.calibration.leave_out import LeaveOut, router_of
 from moe_compose.calibration.observe import Observer, Subject
 from moe_compose.calibration.options import CalibrateOptions
 from moe_compose.calibration.ranks import Ranks
-from moe_compose.calibration.record import PACKAGES, Record, record_of
+from moe_compose.calibration.record import HALVES, PACKAGES, Record, record_of
 from moe_compose.calibration.resume import Partial, check_place
 from moe_compose.calibration.sampling import sample_of
 from moe_compose.calibration.stats import ExpertStats, LayerStats
@@ -161,6 +164,8 @@ class _Run:
         self._rows = self._part.batches(options.batch)
         wanted = options.sample if options.similarity and ranks.first else 0
         self._sampled = min(wanted, sum(self._part.tokens.values()))
+        wanted = options.loo_tokens if ranks.first else 0
+        self._masked = min(wanted, sum(self._part.tokens.values()))
         self.layers: dict[int, LayerStats] = {}
 
     def job(self) -> dict[str, Any]:
@@ -175,6 +180,7 @@ class _Run:
             "dtype": self._dtype,
             "device": self._runner.device.type,
             "sample": self._sampled,
+            "loo_tokens": self._masked,
             "seed": self._tokens.seed,
             "versions": versions(*PACKAGES),
         }
@@ -193,6 +199,7 @@ class _Run:
             device=self._runner.device.type,
             sample=self._sampled,
             sample_bytes=sample_bytes,
+            loo_tokens=self._masked,
             notes=tuple(notes),
         )
 
@@ -211,6 +218,7 @@ class _Run:
             sample=sample_of(self._rows, self._sampled, self._tokens.seed),
             sampled=self._sampled,
         )
+        masked = sample_of(self._rows, self._masked, self._tokens.seed)
         each = sum(self._part.tokens.values())
         done = each * len(self.layers)
 
@@ -223,7 +231,13 @@ class _Run:
         @contextmanager
         def measured(layer: Layer) -> Iterator[None]:
             experts = sparse[layer.index]
-            observer = Observer(layer, experts, subject, lambda count: tick(count, layer.index))
+            observer = Observer(
+                layer,
+                experts,
+                subject,
+                lambda count: tick(count, layer.index),
+                self._leave_out(layer.index, experts, masked) if self._masked else None,
+            )
             with observer.watching():
                 yield
             self._finish(layer, observer, partial)
@@ -233,6 +247,12 @@ class _Run:
             return measured(layer) if left else None
 
         self._runner.run([r.batch for r in self._rows], on_layer=on_layer)
+
+    def _leave_out(
+        self, layer: int, experts: nn.Module, sample: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> LeaveOut:
+        groups = HALVES * len(self._tokens.domains)
+        return LeaveOut(layer, experts, router_of(self._source, layer), sample, groups)
 
     def _finish(self, layer: Layer, observer: Observer, partial: Partial | None) -> None:
         """A layer is about to be left: its similarities, then everybody's sums, which say it is

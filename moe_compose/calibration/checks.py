@@ -31,7 +31,8 @@ def check_layers(runner: Runner, moe: MoE, source: TensorSource, options: Calibr
     """Every sparse layer's experts can be watched.
 
     Raises:
-        UnsupportedError: some cannot, or cannot run one by one, which similarities need.
+        UnsupportedError: some cannot, or cannot run one by one, which similarities need, or cannot
+            be masked, where that is asked for.
     """
     hidden = [i for i in moe.sparse_layers if experts_in(runner.layers[i], moe) is None]
     if hidden:
@@ -46,3 +47,19 @@ def check_layers(runner: Runner, moe: MoE, source: TensorSource, options: Calibr
             f"similarities of {source.label} cannot be gathered: its experts do not run one by one",
             hint="Leave --similarity out.",
         )
+    if options.loo_tokens and (reason := _unmaskable(moe)):
+        raise UnsupportedError(
+            f"the experts of {source.label} cannot be masked one by one: {reason}",
+            hint="Leave --loo-tokens out.",
+        )
+
+
+def _unmaskable(moe: MoE) -> str:
+    """Why what a layer does without an expert cannot be told from its parts; empty if it can."""
+    if moe.routing.applied_to == "input":
+        return "their weight multiplies their input, so they do not run one by one"
+    if moe.routing.hashed_layers:
+        return "some layers route by token id"
+    if moe.num_experts <= moe.top_k:
+        return f"the router picks all {moe.num_experts} of them"
+    return ""

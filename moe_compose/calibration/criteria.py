@@ -1,7 +1,8 @@
 """From sums to a worth of every expert, and whether two halves of the data agree on it.
 
 The larger, the more an expert is worth (METHODS section 5). Experts that no token was sent to are
-worth 0 by every criterion; ties go to the lower index.
+worth 0 by every criterion; ties go to the lower index. `naee-greedy` is an order and no sum: its
+worth is the step in which an expert goes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from moe_compose.calibration.stats import ExpertStats
 from moe_compose.errors import OptionError
 from moe_compose.routing import top_indices
+from moe_compose.surgery.prune_options import GREEDY_EXPERTS
 
 Sums = Mapping[str, Tensor]
 
@@ -34,7 +36,13 @@ CRITERIA: Mapping[str, Callable[[Sums], Tensor]] = {
     "ean-mean-sq": _mean("norm_sq"),  # 2606.15716
     "weighted-ean": lambda s: s["gated_norm"],
     "easy-ep": lambda s: s["easy_ep"],  # 2504.06792
+    "loo-mse": lambda s: s["loo"],  # NVIDIA Model-Optimizer
 }
+
+_MASK = "Measure with moe-compose calibrate --loo-tokens 2048."
+
+#: All criteria of statistics.
+MEASURED = (*CRITERIA, "naee-greedy")  # 2402.14800
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +71,17 @@ def worth(
 
     `easy-ep` over several domains sums each domain's worth divided by its total, as its authors do
     for mixed domains; the others sum the measures. `weights` multiply what is summed, by domain; 1
-    where they name none.
+    where they name none. `naee-greedy` is of all domains alike.
 
     Raises:
-        OptionError: no such criterion, layer, domain or half.
+        OptionError: no such criterion, layer, domain or half; or experts were not masked.
     """
-    if criterion not in CRITERIA:
-        raise OptionError(f"criterion ({criterion}) must be one of {', '.join(CRITERIA)}")
+    if criterion not in MEASURED:
+        raise OptionError(f"criterion ({criterion}) must be one of {', '.join(MEASURED)}")
+    if criterion == "naee-greedy":
+        return _steps(stats, layer, half)
+    if criterion == "loo-mse" and not stats.record.loo_tokens:
+        raise OptionError("these statistics are not of masked experts", hint=_MASK)
     formula = CRITERIA[criterion]
     if domain is not None or (criterion != "easy-ep" and not weights):
         return formula(stats.sums(layer, domain, half))
@@ -81,6 +93,17 @@ def worth(
         return torch.stack(shares).sum(0)
     first = next(iter(each.values()))
     return formula({m: torch.stack([factor[d] * each[d][m] for d in each]).sum(0) for m in first})
+
+
+def _steps(stats: ExpertStats, layer: int, half: int | None) -> Tensor:
+    """In which step of `naee-greedy` each expert goes, `[E]`; those that stay in the last."""
+    found = stats.layers[layer].greedy_3E
+    if found is None:
+        raise OptionError(
+            "these statistics are not of experts masked one after the other",
+            hint=f"{_MASK} It takes at most {GREEDY_EXPERTS} experts a layer.",
+        )
+    return found[0 if half is None else 1 + half]
 
 
 def convergence(

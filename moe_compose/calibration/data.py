@@ -15,7 +15,15 @@ from pathlib import Path
 from moe_compose.calibration.reading import DataFile, Document, read_documents
 from moe_compose.errors import OptionError
 
-__all__ = ["DataFile", "Document", "Domain", "domains_of", "parse_domains", "read_domains"]
+__all__ = [
+    "DataFile",
+    "Document",
+    "Domain",
+    "domains_of",
+    "parse_domains",
+    "read_domains",
+    "read_texts",
+]
 
 #: The domain of data that nobody named.
 UNNAMED = "text"
@@ -118,6 +126,26 @@ def read_domains(given: Mapping[str, Sequence[str | Path]]) -> tuple[Domain, ...
         lines = [line for e in problems for line in (e.message, *e.problems)]
         raise OptionError(f"{len(problems)} sources of text cannot be used", problems=lines)
     return tuple(found)
+
+
+def read_texts(*words: str, unnamed: str | None = None) -> tuple[Domain, ...]:
+    """Texts from files, named or not.
+
+    Args:
+        words: `FILE`, or `NAME=FILE`; the same name again adds a file to it.
+        unnamed: name for files without one; None: they are one unnamed domain, and then no file
+            has a name.
+
+    Raises:
+        OptionError: there are none, words that mean nothing, or unreadable text.
+
+    Example:
+        >>> texts = read_texts("en=novels.txt", "py=code.txt")      # doctest: +SKIP
+    """
+    if unnamed is not None:
+        words = tuple(w if "=" in w else f"{unnamed}={w}" for w in words)
+    named = [w for w in words if "=" in w]
+    return read_domains(parse_domains(named, [w for w in words if "=" not in w]))
 
 
 def domains_of(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> tuple[Domain, ...]:

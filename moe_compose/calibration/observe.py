@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moe_compose.architectures import MoE
 from moe_compose.calibration import calls
 from moe_compose.calibration.calls import Call, Kept
+from moe_compose.calibration.leave_out import LeaveOut
 from moe_compose.calibration.pairs import sizes
 from moe_compose.calibration.record import HALVES
 from moe_compose.calibration.residual import Residual
@@ -74,6 +75,7 @@ class Observer:
         experts: the module that computes its experts.
         subject: what is measured.
         tick: told how many tokens were measured.
+        leave_out: masks experts on a sample of tokens; None where that is not wanted.
 
     Attributes:
         inputs_SD: what the experts were given for the sample of tokens, fp32, on the CPU; None
@@ -82,10 +84,15 @@ class Observer:
     """
 
     def __init__(
-        self, layer: Layer, experts: nn.Module, subject: Subject, tick: Callable[[int], None]
+        self,
+        layer: Layer,
+        experts: nn.Module,
+        subject: Subject,
+        tick: Callable[[int], None],
+        leave_out: LeaveOut | None = None,
     ) -> None:
         self._layer, self._experts = layer, experts
-        self._subject, self._tick = subject, tick
+        self._subject, self._tick, self._leave_out = subject, tick, leave_out
         self._residual = Residual()
         self._rows = subject.experts + subject.moe.zero_experts
         self._router = RouterView(layer, experts, self._rows, subject.moe.routing)
@@ -110,17 +117,18 @@ class Observer:
             yield
 
     def result(self) -> LayerStats:
-        """The sums, on the CPU.
+        """The sums, on the CPU. Experts are masked now, if they are to be.
 
         Raises:
-            UnsupportedError: some batch never reached the experts.
+            UnsupportedError: some batch never reached the experts, or none can be masked.
             CheckpointError: the layer computes what is no number.
         """
         if self._seen != len(self._subject.rows):
             batches = f"{self._seen} of {len(self._subject.rows)} batches"
             raise UnsupportedError(f"layer {self._layer.index} ran its experts on {batches}")
         shape, found = (HALVES, self._subject.domains), {}
-        for name, total in self._sums.items():
+        masked = {} if self._leave_out is None else self._leave_out.result()
+        for name, total in (self._sums | masked).items():
             grouped = name.rpartition("_")[2].startswith("HC")
             found[name] = (total.view(*shape, *total.shape[1:]) if grouped else total).cpu()
         if self._routers_seen != self._seen:
@@ -143,10 +151,13 @@ class Observer:
             )
         kept = slice(None) if rows.batch.mask is None else real_T
         groups_T = (rows.half_B * self._subject.domains + rows.domain_B)[:, None]
-        groups_T = groups_T.expand(rows.batch.ids.shape).flatten().to(real_T.device)[kept]
+        groups_T = groups_T.expand(rows.batch.ids.shape).flatten().to(real_T.device)
         h_TD = self._residual.before(call.x_TD)
         logits_TE = self._router.take(len(call.x_TD))
         self._take_sample(call.x_TD, logits_TE)
+        if self._leave_out is not None:
+            self._leave_out.take(self._layer.index_of_batch, call, logits_TE, groups_T)
+        groups_T = groups_T[kept]
         token_T = token_weight(h_TD[kept], call.y_TD[kept])
         self._add_pairs(call, kept, groups_T, token_T)
         chosen_TE = _chosen(call.ids_TK[kept], self._rows)

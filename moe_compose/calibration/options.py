@@ -27,6 +27,8 @@ class CalibrateOptions:
         similarity: Also gather what merging needs, on a sample of tokens: how alike experts are,
             and their hidden activations. Takes disk; the size is shown.
         sample: Tokens of that sample.
+        loo_tokens: Also mask each expert in turn on so many tokens, such as 2048, which criteria
+            loo-mse and (up to 64 experts a layer) naee-greedy of prune need; 0: do not.
     """
 
     tokens: int = 131_072
@@ -37,6 +39,7 @@ class CalibrateOptions:
     dtype: Dtype | None = None
     similarity: bool = False
     sample: int = 256
+    loo_tokens: int = 0
 
     def check(self) -> CalibrateOptions:
         """Raise every fault together; returns the options.
@@ -50,7 +53,8 @@ class CalibrateOptions:
         return self
 
     def _problems(self) -> Iterator[str]:
-        for name, least in (("tokens", 2), ("seq_len", 2), ("batch", 1), ("sample", 2)):
+        least_of = {"tokens": 2, "seq_len": 2, "batch": 1, "sample": 2, "loo_tokens": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value < least:
                 yield f"{name} ({value}) must be at least {least}"
@@ -58,3 +62,5 @@ class CalibrateOptions:
             yield f"dtype ({self.dtype}) must be one of {', '.join(get_args(Dtype))}"
         if self.similarity and self.sample > self.tokens:
             yield f"sample ({self.sample}) must be at most tokens ({self.tokens})"
+        if self.loo_tokens > self.tokens:
+            yield f"loo_tokens ({self.loo_tokens}) must be at most tokens ({self.tokens})"

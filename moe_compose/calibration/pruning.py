@@ -16,6 +16,7 @@ from moe_compose.errors import OptionError
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.prune import prune_ranked
 from moe_compose.surgery.prune_options import (
+    OF_MASKED,
     WITHOUT_STATS,
     PruneOptions,
     kept_count,
@@ -64,7 +65,7 @@ def prune(
         [0, 2, 5, 7]
     """
     form, moe = moe_form(source)
-    problems = [*option_problems(options, moe), *_evidence_problems(stats, options)]
+    problems = [*option_problems(options, moe), *evidence_problems(stats, options)]
     if problems:
         raise OptionError(f"cannot prune {source.label} like this", problems=problems)
     if isinstance(stats, Ranking):
@@ -84,11 +85,12 @@ def prune(
     return prune_ranked(source, ranking, options)
 
 
-def _evidence_problems(
+def evidence_problems(
     stats: ExpertStats | Ranking | Mapping[int, Sequence[int]] | None, options: PruneOptions
 ) -> Iterator[str]:
     """What the criterion needs and does not have, or has and does not need."""
     criterion, domains = options.criterion, getattr(stats, "domains", None)
+    record = getattr(stats, "record", None)
     if criterion in ("random", "given") and domains is not None:
         yield f"statistics have no meaning for criterion {criterion}: leave them out"
     if criterion == "given" and stats is not None and options.ranking is not None:
@@ -100,6 +102,11 @@ def _evidence_problems(
         yield "criterion aimer needs rank_by_weights(source): a plan reads no weights itself"
     elif criterion not in WITHOUT_STATS and domains is None and not isinstance(stats, Ranking):
         yield f"criterion {criterion} needs statistics: moe-compose calibrate makes them (--stats)"
+    if criterion in OF_MASKED and record is not None and not record.loo_tokens:
+        yield (
+            f"criterion {criterion} needs statistics of masked experts, which these are not: "
+            "measure them with moe-compose calibrate --loo-tokens 2048"
+        )
     if isinstance(stats, Ranking) and criterion not in ("given", stats.criterion):
         yield f"the ranking is by {stats.criterion}, not by {criterion}"
     if domains is not None:

@@ -45,6 +45,7 @@ class Record:
         device: kind of device.
         sample: tokens that similarities were gathered on; 0 if they were not.
         sample_bytes: their files' size.
+        loo_tokens: tokens that experts were masked on; 0 if they were not.
         notes: what could not be measured, and why.
         versions: of packages.
     """
@@ -63,6 +64,7 @@ class Record:
     device: str
     sample: int = 0
     sample_bytes: int = 0
+    loo_tokens: int = 0
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str]
 
@@ -81,6 +83,8 @@ class Record:
         ]
         if self.sample or other.sample:
             problems.append("similarities are of one sample of tokens; gather them in one run")
+        if self.loo_tokens or other.loo_tokens:
+            problems.append("experts are masked on one sample of tokens; mask them in one run")
         if problems:
             raise OptionError("these statistics cannot be added", problems=problems)
         tokens = zip(self.tokens, other.tokens, strict=True)

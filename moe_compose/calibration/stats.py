@@ -38,6 +38,9 @@ MEASURES = ("count", "gate", "norm", "norm_sq", "gated_norm", "easy_ep")
 #: Fields of `LayerStats` of which two are joined by the larger one.
 _MAXIMA = ("peak_HCE", "input_peak_HC")
 
+#: Fields that are of one sample of tokens, which one process draws.
+_SAMPLED = ("loo_HCE", "greedy_3E")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerStats:
@@ -55,6 +58,10 @@ class LayerStats:
         agree_HC: chosen pairs that are among the top-k of the logits: what a correction bias, or
             groups, leave of them.
         logit_E, logit_EE: Σz and Σ z zᵀ of the router's logits.
+        loo_HCE: Σ‖y(without e) − y‖² over a sample of tokens, y what the routed experts return;
+            None where experts were not masked.
+        greedy_3E: in which step each expert goes (`masked_error.removal_steps`): by the sample, and
+            by each half of it; None also with too many experts.
     """
 
     sums_HCME: Tensor  # noqa: N815
@@ -67,6 +74,8 @@ class LayerStats:
     agree_HC: Tensor | None = None  # noqa: N815
     logit_E: Tensor | None = None  # noqa: N815
     logit_EE: Tensor | None = None  # noqa: N815
+    loo_HCE: Tensor | None = None  # noqa: N815
+    greedy_3E: Tensor | None = None  # noqa: N815
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -76,14 +85,14 @@ class LayerStats:
 
     def __add__(self, other: LayerStats) -> LayerStats:
         mine, theirs = self.tensors, other.tensors
-        return LayerStats(
-            **{
-                name: torch.maximum(mine[name], theirs[name])
-                if name in _MAXIMA
-                else mine[name] + theirs[name]
-                for name in mine.keys() & theirs.keys()
-            }
-        )
+        found = {
+            name: torch.maximum(mine[name], theirs[name])
+            if name in _MAXIMA
+            else mine[name] + theirs[name]
+            for name in mine.keys() & theirs.keys()
+        }
+        sampled = {name: t for name, t in (theirs | mine).items() if name in _SAMPLED}
+        return LayerStats(**found | sampled)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,13 +132,17 @@ class ExpertStats:
     def sums(
         self, layer: int, domain: str | None = None, half: int | None = None
     ) -> dict[str, Tensor]:
-        """Measure → `[E]`, fp64.
+        """Measure → `[E]`, fp64; `loo` among them where experts were masked.
 
         Raises:
             OptionError: no such layer, domain or half.
         """
-        picked = self._picked(self._layer(layer).sums_HCME, domain, half)
-        return dict(zip(MEASURES, picked.sum((0, 1)), strict=True))
+        found = self._layer(layer)
+        picked = self._picked(found.sums_HCME, domain, half)
+        sums = dict(zip(MEASURES, picked.sum((0, 1)), strict=True))
+        if found.loo_HCE is not None:
+            sums["loo"] = self._picked(found.loo_HCE, domain, half).sum((0, 1))
+        return sums
 
     def peak(self, layer: int, domain: str | None = None, half: int | None = None) -> Tensor:
         """max |f| of every expert, `[E]`; 0 where it was never chosen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,18 @@ from moe_compose.checkpoint.source import TensorSource
 
 @dataclass(slots=True, eq=False)
 class OpenShard:
-    """A shard under way: its file, and how many of its jobs are not done yet."""
+    """A shard under way: its file, and how many of its jobs are not done yet.
+
+    Attributes:
+        copying: held while bytes are copied into it. A file system lets one thread at a time write
+            to a file, and others burn a core each while they wait for it.
+    """
 
     shard: Shard
     path: Path
     descriptor: int
     pending: int = 0
+    copying: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,7 @@ class Pipeline:
 
     def _perform(self, job: Job) -> None:
         target = job.target
-        with os_errors(f"write {target.path}"):
+        with target.copying, os_errors(f"write {target.path}"):
             for run in job.runs:
                 copy_run(run, target.descriptor, self._tick)
         if job.computed is not None:

@@ -74,16 +74,21 @@ def with_hashes(card: str, plan: Plan, source_hashes: Mapping[str, str]) -> str:
     return card if full in card else card.replace(bare, full, 1)
 
 
+#: Operations that are flags of what they follow → those that ask for them.
+_FLAGS_OF_OTHERS: Mapping[str, Mapping[str, Any]] = {"refit": {"refit": True}, "route": {}}
+
+
 def repeat_line(plan: Plan) -> str:
     """The command that makes the same result from the same sources.
 
     Folders are named by their last part, since where they were says nothing to anybody else.
     """
     first = next(iter(plan.sources.values()))
-    if plan.operation == "refit" and isinstance(first, Plan):  # a flag of what it followed
-        return _with_flags(repeat_line(first).split(" \\\n"), {"refit": True, **plan.options})
-    words = ["moe-compose", plan.operation]
-    words += [" ".join(s.label.split()) for s in plan.sources.values()] + ["OUTPUT"]
+    if plan.operation in _FLAGS_OF_OTHERS and isinstance(first, Plan):
+        more = {**_FLAGS_OF_OTHERS[plan.operation], **plan.options}
+        return _with_flags(repeat_line(first).split(" \\\n"), more)
+    positional = [] if "base" in plan.options else [" ".join(first.label.split())]
+    words = ["moe-compose", plan.operation, *positional, "OUTPUT"]
     return _with_flags([" ".join(map(shlex.quote, words))], plan.options)
 
 
@@ -94,7 +99,9 @@ def _with_flags(lines: list[str], options: Mapping[str, Any]) -> str:
         for given in value if isinstance(value, tuple | list) else (value,):
             if given is None:
                 continue
-            word = flag if given is True else f"{flag} {shlex.quote(str(given))}"
+            word = f"{flag} {shlex.quote(str(given))}"
+            if isinstance(given, bool):
+                word = flag if given else f"--no-{flag[2:]}"
             if len(lines) > 1 and len(lines[-1]) + len(word) < 80:
                 lines[-1] += f" {word}"
             else:

@@ -1,4 +1,6 @@
-"""What there is to choose from: families and methods, as `moe-compose ls` shows them."""
+"""What there is to choose from: families, and methods of every operation, as `moe-compose ls` shows
+them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from typing import Any
 from moe_compose.architectures import Architecture, all_architectures
 from moe_compose.architectures.base import REQUIRED, Key
 from moe_compose.architectures.routing_form import Routing, RoutingForm
+from moe_compose.surgery.merge_options import MERGE_METHODS
+from moe_compose.surgery.prune_options import CRITERIA, OF_MASKED, WITHOUT_STATS
 from moe_compose.surgery.upcycle_options import METHODS
 
 
@@ -40,11 +44,22 @@ class FamilyRow:
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """A method of `upcycle` in short."""
+    """A method of an operation, a criterion of `prune` among them, in short.
 
+    Attributes:
+        operation: the command.
+        method: its name there.
+        summary: what it does, or keeps.
+        preservation: the class that it aims at.
+        needs: what it takes beside the checkpoint.
+        paper: name and arXiv id, or `baseline`.
+    """
+
+    operation: str
     method: str
     summary: str
     preservation: str
+    needs: str
     paper: str
 
 
@@ -68,10 +83,30 @@ def families() -> list[FamilyRow]:
 
 
 def methods() -> list[MethodRow]:
-    """Every method of `upcycle`."""
+    """Every method, operation by operation."""
     return [
-        MethodRow(name, info.summary, info.preserves, info.paper) for name, info in METHODS.items()
+        *(
+            MethodRow("upcycle", name, info.summary, info.preserves, "nothing", info.paper)
+            for name, info in METHODS.items()
+        ),
+        *(
+            MethodRow("prune", name, f"keeps {what}", "none", _needs(name), paper)
+            for name, (what, paper) in CRITERIA.items()
+        ),
+        *(
+            MethodRow("merge", name, what, "none", "calibrate --similarity, or text", paper)
+            for name, (what, paper) in MERGE_METHODS.items()
+        ),
     ]
+
+
+def _needs(criterion: str) -> str:
+    """What a criterion of `prune` takes."""
+    if criterion == "given":
+        return "--ranking"
+    if criterion in WITHOUT_STATS:
+        return "nothing"
+    return "calibrate --loo-tokens" if criterion in OF_MASKED else "calibrate"
 
 
 def _layout(form: Architecture) -> str:

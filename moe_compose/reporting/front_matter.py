@@ -26,7 +26,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     """A card's metadata and its body. A block that is no YAML mapping stays part of the body, so
     that nothing of it is lost.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
     from huggingface_hub.repocard import REGEX_YAML_BLOCK  # the same as on the Hub's server
 
     match = REGEX_YAML_BLOCK.match(text)

@@ -18,6 +18,7 @@ from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
 from moe_compose.errors import CheckpointError
 from moe_compose.reporting.documents import history_of, read_validation
 from moe_compose.reporting.inspection import Experts, Inspection, Stored
+from moe_compose.surgery.expert_names import names_of
 from moe_compose.surgery.history import HISTORY_NAME
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -92,6 +93,7 @@ def _known(
     except CheckpointError as error:
         notes.append(str(error))
         return None, None, ()
+    names = names_of(source.config, moe.num_experts)
     experts = Experts(
         num_experts=moe.num_experts,
         top_k=moe.top_k,
@@ -99,6 +101,7 @@ def _known(
         shared_width=moe.shared_width,
         zero_experts=moe.zero_experts,
         routing=moe.routing.describe(),
+        names=names if any(names) else (),
     )
     return parameters, experts, moe.sparse_layers
 

@@ -26,6 +26,7 @@ class Experts:
         shared_width: width of all shared experts together; 0 without any.
         zero_experts: rows of the router that stand for no FFN.
         routing: how experts are chosen and weighted, in words.
+        names: of each expert; None for one without, empty where none has a name.
     """
 
     num_experts: int
@@ -34,6 +35,7 @@ class Experts:
     shared_width: int
     zero_experts: int
     routing: str
+    names: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@
     self_test.py   does the installed transformers load as compat.py thinks
     runner.py      all of it together
     single.py      one layer of a model by itself
+    whole.py       a model whole in memory, and its tensors back to the disk
 
 Example:
     >>> from moe_compose.runtime import Runner

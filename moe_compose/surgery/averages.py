@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moe_compose.checkpoint.source import FLOAT_DTYPES
 from moe_compose.errors import PlanError
@@ -18,8 +18,8 @@ from moe_compose.surgery.transforms import Spec, Transform, Unary
 if TYPE_CHECKING:
     import torch
 
-#: Elements that are summed at a time: copies in fp64 stay small.
-_PIECE = 1 << 20
+#: Elements that are summed at a time: copies in fp64 stay in the processor's cache.
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Mean(Transform):
 
     xs: tuple[Transform, ...]
     weights: tuple[float, ...]
+    elementwise: ClassVar[bool] = True
 
     @property
     def inputs(self) -> tuple[Transform, ...]:
@@ -54,9 +55,9 @@ class Mean(Transform):
         flat, parts = out.view(-1), [v.reshape(-1) for v in values]
         for at in range(0, len(flat), _PIECE):
             pieces = [part[at : at + _PIECE] for part in parts]
-            total = pieces[0].double() * self.weights[0]
+            total = _widened(pieces[0]).mul_(self.weights[0])
             for piece, weight in zip(pieces[1:], self.weights[1:], strict=True):
-                total += piece.double() * weight
+                total += _widened(piece).mul_(weight)
             flat[at : at + _PIECE] = total
         return out
 
@@ -93,6 +94,12 @@ class Mix(Unary):
 
     def __str__(self) -> str:
         return f"{self.x}, {len(self.groups)} means of rows"
+
+
+def _widened(piece: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return piece.to(torch.float64, copy=True)
 
 
 def _check(weights: tuple[float, ...], count: int) -> None:

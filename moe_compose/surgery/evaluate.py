@@ -4,7 +4,7 @@ it must.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moe_compose.checkpoint.folder import read_pieces
@@ -17,7 +17,7 @@ from moe_compose.checkpoint.source import (
 )
 from moe_compose.errors import PlanError
 from moe_compose.surgery.indices import Picks, Rows
-from moe_compose.surgery.transforms import Concat, Read, Stack, Take, Transform
+from moe_compose.surgery.transforms import Concat, Read, Reshape, Stack, Take, Transform
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,8 @@ def extents(node: Transform, sources: Sources) -> tuple[Extent, ...] | None:
     """
     if isinstance(node, Read):
         return sources[node.source].extents(node.tensor.name)
+    if isinstance(node, Reshape):
+        return extents(node.x, sources)
     if isinstance(node, Stack | Concat):
         parts = [extents(x, sources) for x in node.inputs]
         known = [p for p in parts if p is not None]
@@ -82,16 +84,29 @@ def stream(node: Transform, sources: Sources) -> Iterator[torch.Tensor]:
     """
     if isinstance(node, Read):
         yield from sources[node.source].stream(node.tensor.name)
-    elif isinstance(node, Stack | Concat):
+    elif isinstance(node, Stack | Concat | Reshape):
         for x in node.inputs:
             yield from stream(x, sources)
     elif node.elementwise:
-        for piece in stream(node.inputs[0], sources):
-            yield node.apply(piece)
+        for pieces in _side_by_side([stream(x, sources) for x in node.inputs]):
+            yield node.apply(*pieces)
     else:
         whole = value(node, sources).reshape(-1)
         step = max(1, CHUNK_BYTES // whole.element_size())
         yield from (whole[i : i + step] for i in range(0, len(whole), step))
+
+
+def _side_by_side(streams: Sequence[Iterator[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+    """The same stretch of several tensors of one size, cut where any of them is."""
+    held = [next(s, None) for s in streams]
+    while all(p is not None for p in held):
+        pieces = [p for p in held if p is not None]
+        size = min(map(len, pieces))
+        yield [p[:size] for p in pieces]
+        held = [
+            p[size:] if len(p) > size else next(s, None)
+            for p, s in zip(pieces, streams, strict=True)
+        ]
 
 
 def value(node: Transform, sources: Sources) -> torch.Tensor:

@@ -15,6 +15,9 @@ from moe_compose.errors import CheckpointError
 
 HISTORY_NAME = "moe_compose.json"
 
+#: Of a checkpoint: files of ours that no engine shall take for its own.
+EXTRA_FOLDER = "moe_compose"
+
 #: A document larger than this is not one of ours.
 MAX_BYTES = 16 << 20
 

@@ -24,18 +24,20 @@ from moe_compose.checkpoint.source import Extent, TensorInfo, TensorSource
 from moe_compose.errors import PlanError
 from moe_compose.surgery import evaluate
 from moe_compose.surgery.arithmetic import constant_value
+from moe_compose.surgery.selected_config import packed_stems
 from moe_compose.surgery.transforms import Read, Transform
 from moe_compose.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
-
-#: What quantised matrices are called: MXFP4; compressed-tensors; AWQ and GPTQ.
-_PACKED = re.compile(r"(?P<stem>.+)(?:_blocks|\.weight_packed|\.qweight)")
-
 #: Part of every digest; raised when a transform of the same name comes to give other bytes.
 ARITHMETIC = 1
+
+
+def _said_of(source: TensorSource) -> dict[str, Any]:
+    family = source.config.get("model_type")
+    return {"label": source.label, "digest": source.digest(), "model_type": family}
 
 
 def _pattern(name: str) -> str:
@@ -83,12 +85,14 @@ class Preservation:
         tolerance: `exact`: the largest relative error of fp32 logits that counts as such;
             `approximate`: the largest mean KL to the source, in nats.
         rounding: `exact` means the source with its weights so rounded; None where none is.
+        reference: the plan's word for the source that this is said of; empty: the first one.
     """
 
     kind: Literal["exact", "approximate", "none"]
     why: str
     tolerance: float = 1e-6
     rounding: Rounding | None = None
+    reference: str = ""
 
     def __str__(self) -> str:
         rounded = f", up to rounding weights to {self.rounding.dtype}" if self.rounding else ""
@@ -224,7 +228,7 @@ class Plan:
             "operation": self.operation,
             "options": dict(self.options),
             "plan_digest": self.digest(),
-            "sources": [{"label": s.label, "digest": s.digest()} for s in self.sources.values()],
+            "sources": [_said_of(s) for s in self.sources.values()],
             "preservation": asdict(self.preservation),
             "parameters": {"total": parameters.total, "active": parameters.active},
             "constants": list(self.constants()),
@@ -266,7 +270,7 @@ class Plan:
         if form is None or not form.is_moe:
             return
         form = layout_of(form, self.tensors)
-        stems = self._quantised_stems()
+        stems = packed_stems(self.tensors)
         for layer in form.moe(self.config).sparse_layers:
             for name, shape in form.moe_shapes(self.config, layer).items():
                 if name.removesuffix(".weight") in stems:
@@ -275,13 +279,6 @@ class Plan:
                     yield f"{name} is missing"
                 elif self.tensors[name].shape != shape:
                     yield f"{name} has shape {list(self.tensors[name].shape)}, not {list(shape)}"
-
-    def _quantised_stems(self) -> set[str]:
-        """Names of what has packed values, in shapes of their own, in place of a matrix."""
-        found = (_PACKED.fullmatch(name) for name in self.tensors)
-        packed = {m["stem"] for m in found if m}
-        integers = {n for n, t in self.tensors.items() if t.dtype in ("U8", "I32")}
-        return packed | {n.removesuffix(".weight") for n in integers if n.endswith(".weight")}
 
     def summary(self) -> PlanSummary:
         """Parameters, bytes and memory of the result; reads no weights."""

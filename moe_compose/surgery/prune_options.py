@@ -12,7 +12,7 @@ from moe_compose.surgery.selection import MtpPolicy, group_problem
 
 Criterion = Literal[
     "reap", "frequency", "gate-sum", "ean-sum", "ean-mean", "ean-mean-sq", "weighted-ean",
-    "easy-ep", "aimer", "random", "given",
+    "easy-ep", "loo-mse", "naee-greedy", "aimer", "random", "given",
 ]  # fmt: skip
 
 #: Criterion → what it keeps, and the paper.
@@ -28,6 +28,14 @@ CRITERIA: Mapping[str, tuple[str, str]] = {
         "the largest sum of weight times output norm, tokens that the layer turns first",
         "EASY-EP, arXiv 2504.06792",
     ),
+    "loo-mse": (
+        "those without which the layer's output changes most, each alone",
+        "NVIDIA Model-Optimizer",
+    ),
+    "naee-greedy": (
+        "those left when the one that the layer's output misses least goes, again and again",
+        "NAEE, arXiv 2402.14800",
+    ),
     "aimer": (
         "the smallest mean size of weights over their root mean square; no text",
         "AIMER, arXiv 2603.18492",
@@ -39,6 +47,12 @@ CRITERIA: Mapping[str, tuple[str, str]] = {
 #: Criteria that need no statistics.
 WITHOUT_STATS: tuple[Criterion, ...] = ("aimer", "random", "given")
 
+#: Criteria whose statistics are of masked experts: `calibrate` with `loo_tokens`.
+OF_MASKED: tuple[Criterion, ...] = ("loo-mse", "naee-greedy")
+
+#: Most experts of a layer that `naee-greedy` is for.
+GREEDY_EXPERTS = 64
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneOptions:
@@ -48,7 +62,7 @@ class PruneOptions:
         keep: Routed experts to keep in every layer; this or ratio.
         ratio: Fraction of the experts to remove, at most, between 0 and 1; this or keep.
         criterion: What makes an expert worth keeping: reap, frequency, gate-sum, ean-sum, ean-mean,
-            ean-mean-sq, weighted-ean, easy-ep, aimer, random, or given.
+            ean-mean-sq, weighted-ean, easy-ep, loo-mse, naee-greedy, aimer, random, or given.
         domain_weight: How much a domain of the statistics counts, such as code=2; 1 each by
             default.
         super_experts: Keep the few experts whose outputs are enormous (arXiv 2507.23279) whatever
@@ -112,6 +126,14 @@ def option_problems(options: PruneOptions, moe: MoE) -> Iterator[str]:
         yield f"a ranking has no meaning for criterion {options.criterion}; use given"
     if options.domain_weight and options.criterion in WITHOUT_STATS:
         yield f"domain_weight has no meaning for criterion {options.criterion}: it sees no text"
+    if options.criterion == "naee-greedy":
+        if options.domain_weight:
+            yield "domain_weight has no meaning for criterion naee-greedy: its order is of all text"
+        if moe.num_experts > GREEDY_EXPERTS:
+            yield (
+                f"criterion naee-greedy is for at most {GREEDY_EXPERTS} experts a layer "
+                f"({moe.num_experts}): use loo-mse"
+            )
     for entry in options.domain_weight:
         name, _, number = entry.rpartition("=")
         if not name or _number(number) is None:

@@ -1,41 +1,66 @@
-"""`config.json` after experts were selected: their count under all its names, and lists of modules
-of a quantised checkpoint that name experts.
+"""`config.json` after experts were selected: their count under all its names, what they are called,
+and lists of modules of a quantised checkpoint that name experts.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_compose.architectures import Architecture, all_architectures
+from moe_compose.architectures.base import Key
+from moe_compose.checkpoint.source import TensorInfo
 from moe_compose.surgery.roles import NUMBERED, Roles
 
 #: Where a config says how its checkpoint is quantised.
 _QUANTISED = ("quantization_config", "compression_config")
+
+#: What quantised matrices are called: MXFP4; compressed-tensors; AWQ and GPTQ.
+_PACKED = re.compile(r"(?P<stem>.+)(?:_blocks|\.weight_packed|\.qweight)")
 
 #: What only a pattern has, and no name of a module.
 _PATTERN = re.compile(r"^re:|[\\*\[\]()^$|+?]")
 
 
 def with_count(config: Mapping[str, Any], form: Architecture, count: int) -> dict[str, Any]:
-    """The config with another number of experts, under every name that any family has for it and
-    that is there with the old number.
+    """The config with another number of experts.
 
     Args:
         config: the source's.
         form: its family's.
         count: routed experts per layer.
     """
+    keys = (f.num_experts for f in all_architectures().values() if f.is_moe)
+    return _with(config, form.num_experts, keys, count)
+
+
+def with_top_k(config: Mapping[str, Any], form: Architecture, top_k: int) -> dict[str, Any]:
+    """The config with another number of experts per token.
+
+    Args:
+        config: the source's.
+        form: its family's.
+        top_k: experts that each token passes through.
+    """
+    keys = (f.top_k for f in all_architectures().values() if f.is_moe)
+    return _with(config, form.top_k, keys, top_k)
+
+
+def _with(
+    config: Mapping[str, Any], key: Key, everywhere: Iterable[Key], value: int
+) -> dict[str, Any]:
+    """The config with another value of an entry, under every name that any family has for it and
+    that is there with the old value.
+    """
     edited: dict[str, Any] = copy.deepcopy(dict(config))
-    before = form.num_experts.get(config)
-    after = [count] * len(before) if isinstance(before, list | tuple) else count
+    before = key.get(config)
+    after = [value] * len(before) if isinstance(before, list | tuple) else value
     if after == before:
         return edited
-    form.num_experts.edit(edited, after)
-    keys = (f.num_experts for f in all_architectures().values() if f.is_moe)
-    for name in {n for key in keys for n in (key.name, *key.aliases)}:
+    key.edit(edited, after)
+    for name in {n for other in everywhere for n in (other.name, *other.aliases)}:
         if edited.get(name) == before:
             edited[name] = after
     return edited
@@ -51,6 +76,14 @@ def without_mtp(config: dict[str, Any], form: Architecture) -> None:
 def is_quantised(config: Mapping[str, Any]) -> bool:
     """Whether a config says that its checkpoint is quantised."""
     return any(config.get(entry) for entry in _QUANTISED)
+
+
+def packed_stems(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Names of what has packed values, in shapes of their own, in place of a matrix."""
+    found = (_PACKED.fullmatch(name) for name in tensors)
+    integers = {n for n, t in tensors.items() if t.dtype in ("U8", "I32")}
+    packed = {m["stem"] for m in found if m}
+    return packed | {n.removesuffix(".weight") for n in integers if n.endswith(".weight")}
 
 
 def rename_modules(

@@ -17,6 +17,7 @@ from moe_compose.architectures import Architecture, MoE, find
 from moe_compose.architectures.parts import Locator, layout_of
 from moe_compose.checkpoint.source import TensorInfo, TensorSource
 from moe_compose.errors import UnsupportedError
+from moe_compose.surgery.expert_names import names_of, set_names
 from moe_compose.surgery.indices import Picks, Rows
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.roles import NUMBERED, Role, Roles
@@ -196,6 +197,7 @@ class _Selection:
             )
         self._check_experts()
         self.config = with_count(source.config, form, len(last))
+        set_names(self.config, self._names(chosen))
         self.problems += rename_modules(self.config, self._roles[0], {**blocks, **self.mtp})
         if mtp == "drop":
             without_mtp(self.config, form)
@@ -257,6 +259,16 @@ class _Selection:
             return read
         wanted = (*ids, *range(moe.num_experts, rows))
         return read if wanted == tuple(range(rows)) else Take(read, Picks(wanted), line.dim)
+
+    def _names(self, chosen: Mapping[int, Sequence[int]]) -> list[str | None]:
+        """What the experts are called: as before where every layer has the same in the same place,
+        the second of one without a name.
+        """
+        ids = list(next(iter(chosen.values())))
+        if any(list(other) != ids for other in chosen.values()):
+            return []
+        names = names_of(self._source.config, self._moe.num_experts)
+        return [names[e] if e not in ids[:i] else None for i, e in enumerate(ids)]
 
     def _check_experts(self) -> None:
         """Every expert of a block has the same tensors."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from moe_compose.architectures import Architecture, Twin
 from moe_compose.architectures.base import Key
-from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorInfo, TensorSource, common_dtype
+from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource, common_dtype
 from moe_compose.surgery.arithmetic import Full, cast
 from moe_compose.surgery.experts import dense_layer
+from moe_compose.surgery.ffn import Adapted, as_it_is
 from moe_compose.surgery.indices import Picks, Rows
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.transforms import Read, Take, Transform
@@ -44,6 +45,8 @@ def carried(
     config: Mapping[str, Any],
     dtype: str | None,
     dropped: dict[str, str],
+    key: str = "dense",
+    adapted: Adapted = as_it_is,
 ) -> list[OutputTensor]:
     """All outputs outside routers and experts: the dense layers' FFNs too.
 
@@ -54,24 +57,26 @@ def carried(
         twin: how the two pair.
         config: the target's config.
         dtype: converts floating-point tensors; None copies bytes.
-        dropped: receives `dense:tensor` → reason for what is left behind on purpose.
+        dropped: receives `key:tensor` → reason for what is left behind on purpose.
+        key: the plan's word for the source.
+        adapted: what is put on each tensor.
     """
     assert dense.mlp is not None
     moe = form.moe(config)
     outputs: list[OutputTensor] = []
     for layer, sparse in enumerate(moe.sparse):
         if form.mlp is not None and (form.parallel_mlp or not sparse):
-            outputs += dense_layer(source, dense, form.mlp, layer, dtype)
+            outputs += dense_layer(source, dense, form.mlp, layer, dtype, key)
     for name, info in source.tensors.items():
         if any(layer_of(t, name) is not None for t in dense.mlp.names):
             continue
         if _RECOMPUTED.search(name):
-            dropped[f"dense:{name}"] = "rotary frequencies, recomputed by the model"
+            dropped[f"{key}:{name}"] = "rotary frequencies, recomputed by the model"
             continue
         if name.startswith(dense.mtp):
-            dropped[f"dense:{name}"] = "a multi-token-prediction layer, whose FFN stayed dense"
+            dropped[f"{key}:{name}"] = "a multi-token-prediction layer, whose FFN stayed dense"
             continue
-        for target, value in _homes(name, info, twin, config):
+        for target, value in _homes(Read(key, info), twin, config, adapted):
             if dtype is not None and info.dtype in FLOAT_DTYPES:
                 value = cast(value, dtype)
             outputs.append(OutputTensor(target, value))
@@ -79,13 +84,11 @@ def carried(
 
 
 def _homes(
-    name: str,
-    info: TensorInfo,
-    twin: Twin,
-    config: Mapping[str, Any],
+    read: Read, twin: Twin, config: Mapping[str, Any], adapted: Adapted
 ) -> Iterator[tuple[str, Transform]]:
     """Target names and values that one source tensor becomes."""
-    value: Transform = Read("dense", info)
+    value = adapted(read)
+    name = read.tensor.name
     for split in twin.splits:
         if (layer := layer_of(split.source, name)) is not None:
             start = 0
@@ -95,7 +98,7 @@ def _homes(
                 start = stop
             return
     if any(layer_of(t, name) is not None for t in twin.interleave):
-        value = Take(value, _interleaved(info.shape[0], _head_dim(config)))
+        value = Take(value, _interleaved(read.tensor.shape[0], _head_dim(config)))
     for old, new in twin.copies.items():
         if (layer := layer_of(old, name)) is not None:
             yield new.format(i=layer), value

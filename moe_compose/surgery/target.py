@@ -43,7 +43,7 @@ def target_config(
     config |= {"architectures": [form.hf_class], "model_type": form.model_type}
     if options.dtype is not None:
         config["dtype"] = options.dtype
-    settings = dict(twin.config)
+    settings = {**form.spelled, **twin.config}
     if options.method == "shared":
         settings |= twin.shared_config
     if "unnormalised" in options.allow:

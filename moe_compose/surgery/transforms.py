@@ -8,8 +8,8 @@ running. Transforms nest; the leaves read a source tensor or make one from nothi
 
 Three ways to carry one out, cheapest first (`surgery.evaluate` picks):
 
-* **bytes**: `Read`, `Take` of rows, `Stack` and `Concat` along the first dimension only move bytes;
-  nothing is decoded, whatever the dtype.
+* **bytes**: `Read`, `Reshape`, `Take` of rows, `Stack` and `Concat` along the first dimension only
+  move bytes; nothing is decoded, whatever the dtype.
 * **pieces**: `elementwise` transforms run on one flat piece at a time, so a cast never holds a
   whole tensor.
 * **whole**: the rest hold their own inputs and output, and nothing else.
@@ -137,6 +137,26 @@ class Take(Unary):
 
     def __str__(self) -> str:
         return f"{self.x}[{'cols ' if self.dim else ''}{self.at}]"
+
+
+@dataclass(frozen=True)
+class Reshape(Unary):
+    """The same values, in the same order, under another shape."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def spec(self) -> Spec:
+        s = self.x.spec
+        if math.prod(s.shape) != math.prod(self.shape):
+            raise PlanError(f"{self.x} of shape {list(s.shape)} cannot have {list(self.shape)}")
+        return Spec(s.dtype, self.shape, s.nbytes)
+
+    def apply(self, *values: torch.Tensor) -> torch.Tensor:
+        return values[0].reshape(self.shape)
+
+    def __str__(self) -> str:
+        return str(self.x)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 from moe_compose.architectures import Architecture
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.surgery.experts import ffn_dtype, sparse_layer
+from moe_compose.surgery.experts import sparse_layer
+from moe_compose.surgery.ffn import ffn_dtype
 from moe_compose.surgery.pairing import choose_target, dense_form, stated_config
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.preservation import classify

@@ -16,7 +16,9 @@ from moe_compose.errors import OptionError
 from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.plan import Plan
+from moe_compose.surgery.prune import check_options
 from moe_compose.surgery.prune_options import PruneOptions
+from moe_compose.surgery.selection import moe_form
 from moe_compose.tradeoff.measure import allowed_counts, bench
 from moe_compose.tradeoff.result import Candidate
 
@@ -72,13 +74,15 @@ def fewest(
         progress: told after every candidate: tried, at most.
 
     Raises:
-        OptionError: `keep` or `ratio` is given, or not even one expert fewer is within the limit.
+        OptionError: `keep` or `ratio` is given, options that cannot be meant, or not even one
+            expert fewer is within the limit.
     """
     options = options or PruneOptions()
     if options.keep is not None or options.ratio is not None:
         raise OptionError("max_kl decides how many experts stay: leave keep and ratio out")
     if not max_kl > 0:
         raise OptionError(f"max_kl ({max_kl}) must be above 0")
+    check_options(source, replace(options, keep=moe_form(source)[1].num_experts))
     table = replace(bench(source, texts, evaluation, refit_on, refit), record=dict(record or {}))
     counts = [c for c in allowed_counts(table.moe, options) if c < table.moe.num_experts]
     tried: list[Candidate] = []

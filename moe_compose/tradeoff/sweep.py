@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,13 @@ from moe_compose.errors import OptionError
 from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.plan import Plan, Preservation
-from moe_compose.surgery.prune_options import WITHOUT_STATS, PruneOptions, kept_count
+from moe_compose.surgery.prune_options import (
+    WITHOUT_STATS,
+    PruneOptions,
+    kept_count,
+    option_problems,
+)
+from moe_compose.surgery.selection import moe_form
 from moe_compose.tradeoff.measure import Bench, allowed_counts, bench
 from moe_compose.tradeoff.options import BASELINE, SweepOptions
 from moe_compose.tradeoff.result import Candidate, Sweep, knee, smallest_within
@@ -65,6 +71,7 @@ def sweep(
     table = bench(source, texts, evaluation, refit_on, refit)
     asked, notes = _asked(table, options)
     evidence = _evidence(source, stats, options)
+    _check(source, asked, evidence)
     candidates: list[Candidate] = []
     loss = 0.0
     for number, how in enumerate(asked, 1):
@@ -147,6 +154,29 @@ def _evidence(
         else:
             found[criterion] = None if criterion in WITHOUT_STATS else stats
     return found
+
+
+def _check(
+    source: TensorSource, asked: Sequence[PruneOptions], evidence: Mapping[str, Evidence]
+) -> None:
+    """What a later candidate lacks shall not come out after hours of evaluating others.
+
+    Raises:
+        OptionError: a criterion cannot be meant for this model, or for these statistics.
+    """
+    from moe_compose.calibration.pruning import evidence_problems
+
+    _, moe = moe_form(source)
+    problems = [
+        problem
+        for how in asked
+        for problem in (
+            *option_problems(how, moe),
+            *evidence_problems(evidence[how.criterion], how),
+        )
+    ]
+    if problems:
+        raise OptionError("this sweep cannot be meant", problems=list(dict.fromkeys(problems)))
 
 
 def _whole(source: TensorSource) -> Plan:

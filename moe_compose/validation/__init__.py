@@ -2,7 +2,7 @@
 
 `validate` looks at structure (config, names, shapes, dtypes, tokenizer), at every value, at what
 other engines need; it runs an MoE's forward pass through the Triton kernels and through eager, and,
-given the source, both models on real text.
+given the source, both models on real text; and, asked to, other engines beside transformers.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError, OptionError, PlanError
 from moe_compose.surgery.history import HISTORY_NAME, read_history
 from moe_compose.surgery.plan import Plan, Preservation
+from moe_compose.validation import engines as other_engines
 from moe_compose.validation import forward as forward_pass
 from moe_compose.validation.forward_report import ForwardPass
 from moe_compose.validation.memory import ShortageError
 from moe_compose.validation.parity import compare
 from moe_compose.validation.profile import check_profile
-from moe_compose.validation.report import Agreement, Check, Receipt, ValidationReport
+from moe_compose.validation.report import Agreement, Check, Receipt, Served, ValidationReport
 from moe_compose.validation.structure import (
     build_on_meta,
     check_dtypes,
     check_names,
+    check_routing,
     load_tokenizer,
 )
-from moe_compose.validation.tensors import check_copied, check_values
+from moe_compose.validation.tensors import check_copied, check_ties, check_values
 from moe_compose.validation.text import Document, read_text, sequences
 from moe_compose.version import versions
 
-__all__ = ["Agreement", "Check", "Receipt", "ValidationReport", "preflight", "validate"]
+__all__ = ["Agreement", "Check", "Receipt", "Served", "ValidationReport", "preflight", "validate"]
 
 #: Longest sequence of the receipt, in tokens.
 LONGEST = 256
@@ -48,6 +50,7 @@ def validate(
     data: Path | None = None,
     tokens: int = 1024,
     forward_seconds: float | None = None,
+    engines: Mapping[str, str | Path] | None = None,
 ) -> ValidationReport:
     """Check a checkpoint, and with `against` compare it with its source on real text.
 
@@ -62,14 +65,17 @@ def validate(
         tokens: how many tokens to compare on.
         forward_seconds: what comparing an MoE's forward pass through Triton with eager may take on
             a machine without a GPU; 0: it is not compared; `forward.SECONDS` if not given.
+        engines: engine (vllm, llama.cpp, mlx-lm, transformers-4) → a Python that can import it.
+            These, and those that are installed here, are run beside transformers; None: none is.
 
     Returns:
         A report; `report.ok` is the verdict.
 
     Raises:
         CheckpointError: one of the two is not on this disk, or its history is damaged.
-        OptionError: `data` is unreadable, or there are too few tokens.
+        OptionError: `data` is unreadable, there are too few tokens, or an engine cannot be run.
     """
+    pythons = other_engines.pythons_of(engines or {})
     if tokens < 2:
         raise OptionError(f"a comparison needs at least 2 tokens ({tokens})")
     for source in (checkpoint, against):
@@ -95,11 +101,15 @@ def validate(
             checkpoint, against, stated, tokenizer, document, tokens, sound, kept
         )
         checks += more
+    served: tuple[Served, ...] = ()
+    if engines is not None:
+        served = _engines(checkpoint, tokenizer, document, pythons, sound)
     return ValidationReport(
         checkpoint=checkpoint.label,
         checks=tuple(checks),
         receipt=receipt,
         forward=forward,
+        engines=served,
         versions=versions("moe-compose", "torch", "transformers", "safetensors"),
     )
 
@@ -130,7 +140,8 @@ def _checks(
     checks = [config]
     if model is not None:
         checks.append(check_names(checkpoint, model))
-    checks += [check_dtypes(checkpoint), loads]
+        checks += check_ties(checkpoint, getattr(model, "all_tied_weights_keys", None) or {})
+    checks += [*check_routing(checkpoint), check_dtypes(checkpoint), loads]
     checks.append(check_values(checkpoint, record.get("constants", ()), against))
     if against is not None and record.get("copied"):
         checks.append(check_copied(checkpoint, record["copied"], against))
@@ -155,6 +166,23 @@ def _forward(
     )
     forward, check = forward_pass.forward(checkpoint, texts, seconds=seconds)
     return forward, [check]
+
+
+def _engines(
+    checkpoint: TensorSource,
+    tokenizer: Any,
+    document: Document,
+    pythons: Mapping[str, Path],
+    sound: bool,
+) -> tuple[Served, ...]:
+    """What other engines make of a checkpoint, on prompts from the same text."""
+    vocabulary, padding = (checkpoint.config.get(k) for k in ("vocab_size", "pad_token_id"))
+    texts = None
+    if sound and isinstance(vocabulary, int):
+        tokens, longest = other_engines.TOKENS, other_engines.LONGEST
+        texts = sequences(tokenizer, document, tokens, longest, vocabulary, padding)
+    why_not = "" if sound else UNSOUND
+    return other_engines.check_engines(checkpoint, texts, pythons, why_not)
 
 
 def _receipt(
@@ -210,7 +238,7 @@ def _kept(record: Mapping[str, Any], against: TensorSource) -> dict[int, list[in
     """Layer → experts, if the record is of a pruning of just this source; nobody vouches for it."""
     decided, sources = record.get("decided"), record.get("sources")
     kept = decided.get("kept") if isinstance(decided, Mapping) else None
-    if record.get("operation") != "prune" or not isinstance(kept, Mapping):
+    if record.get("operation") not in ("prune", "remove-expert") or not isinstance(kept, Mapping):
         return None
     if not isinstance(sources, list) or not sources or not isinstance(sources[0], Mapping):
         return None

@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_compose.architectures import find
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource, common_dtype
 from moe_compose.surgery.plan import Preservation
 from moe_compose.validation.masked import Kept, Masked, masking
@@ -48,6 +49,16 @@ WORSE_THAN_GUESSING = 3.0
 #: Rows of logits that are compared at a time.
 _ROWS = 64
 
+#: Bytes of a layer, in fp32, up to which the next one is read while one runs.
+_READ_AHEAD = 1 << 30
+
+
+def _small_layers(source: TensorSource) -> bool:
+    """Whether reading one layer ahead, in fp32, costs little memory."""
+    form = find(source.config)
+    layers = form.layers.integer(source.config) if form is not None else 1
+    return sum(t.numel for t in source.tensors.values()) * 4 <= layers * _READ_AHEAD
+
 
 def compare(
     source: TensorSource,
@@ -77,7 +88,8 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
 
         def run(model: TensorSource, dtype: str, name: str, **how: Any) -> Logits:
-            return run_model(Runner(model, dtype=dtype), texts, Path(folder) / name, **how)
+            runner = Runner(model, dtype=dtype, prefetch=_small_layers(model))
+            return run_model(runner, texts, Path(folder) / name, **how)
 
         def run_masked(dtype: str, found: Logits, kept: Kept) -> Agreement:
             how = {"on_layer": masking(source, kept)}

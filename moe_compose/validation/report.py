@@ -9,6 +9,7 @@ from typing import Any, Literal
 from moe_compose.validation.forward_report import ForwardPass
 
 Status = Literal["pass", "warn", "fail", "skip"]
+Verdict = Literal["same", "differs", "refuses", "not run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,34 @@ class Receipt:
     masked: Agreement | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What another engine makes of a checkpoint.
+
+    Attributes:
+        engine: its name.
+        version: of the one that was run; empty if none was.
+        verdict: `same` as transformers; `differs`; `refuses`: it does not load or run it;
+            `not run`, and `detail` says why.
+        detail: what was found, with figures.
+        max_error: largest difference of two logprobs, in nats; None if nothing was compared.
+        rules: of the portable profile, those that are broken and name this engine.
+        asked: somebody gave this engine's interpreter, so anything but `same` is a failure.
+    """
+
+    engine: str
+    version: str
+    verdict: Verdict
+    detail: str
+    max_error: float | None = None
+    rules: tuple[str, ...] = ()
+    asked: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.asked and self.verdict != "same"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationReport:
     """All checks of one checkpoint, and the receipt when there was something to compare with.
@@ -96,6 +125,7 @@ class ValidationReport:
         checks: in the order they were made.
         receipt: the comparison, or None.
         forward: the forward pass through the Triton kernels, or None.
+        engines: what other engines make of it, where that was asked.
         versions: of the packages that took part.
     """
 
@@ -103,14 +133,16 @@ class ValidationReport:
     checks: tuple[Check, ...]
     receipt: Receipt | None = None
     forward: ForwardPass | None = None
+    engines: tuple[Served, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """No check failed, and the stated class was met (where it was measured)."""
-        return all(c.status != "fail" for c in self.checks) and (
-            self.receipt is None or self.receipt.met
-        )
+        """No check failed, the stated class was met (where it was measured), and engines whose
+        interpreters were given compute the same.
+        """
+        failed = any(c.status == "fail" for c in self.checks) or any(e.failed for e in self.engines)
+        return not failed and (self.receipt is None or self.receipt.met)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `validation.json` holds them."""

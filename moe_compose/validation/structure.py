@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures import find
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
+from moe_compose.surgery.selection import group_problem
 from moe_compose.validation.report import Check
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 #: Faults that a report lists one by one.
@@ -61,14 +63,15 @@ def _first_line(e: Exception) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def expected_tensors(model: PreTrainedModel) -> Mapping[str, tuple[int, ...]]:
-    """Name → shape of every tensor the class would write to disk, tied ones once."""
+def expected_tensors(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+    """Every tensor the class would write to disk, on the meta device, tied ones once."""
     from transformers.core_model_loading import revert_weight_conversion
 
     kept = model.state_dict()
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
         kept.pop(tied, None)
-    return {n: tuple(t.shape) for n, t in revert_weight_conversion(model, kept).items()}
+    found: Mapping[str, torch.Tensor] = revert_weight_conversion(model, kept)
+    return found
 
 
 def check_names(checkpoint: TensorSource, model: PreTrainedModel) -> Check:
@@ -77,16 +80,16 @@ def check_names(checkpoint: TensorSource, model: PreTrainedModel) -> Check:
         return Check("tensors", "skip", "quantised: names differ from the class's own")
     expected = expected_tensors(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    form = find(checkpoint.config)
-    layers = checkpoint.config.get("num_hidden_layers")
-    ignored = tuple(p.format(n=layers) for p in form.mtp) if form else ()
+    ignored = _mtp_prefixes(checkpoint.config)
     problems = [f"{n} is missing" for n in expected if n not in checkpoint.tensors]
     for name, info in checkpoint.tensors.items():
         if name not in expected:
-            if name not in tied and not (ignored and name.startswith(ignored)):
+            if name not in tied and not name.startswith(ignored):
                 problems.append(f"{name} is unexpected: loaders ignore it or refuse it")
-        elif info.shape != expected[name]:
-            problems.append(f"{name} has shape {list(info.shape)}, not {list(expected[name])}")
+        elif info.shape != expected[name].shape:
+            problems.append(f"{name} has shape {list(info.shape)}, not {[*expected[name].shape]}")
+        elif expected[name].is_floating_point() and info.dtype not in FLOAT_DTYPES:
+            problems.append(f"{name} is {info.dtype}, not of floating point")
     if problems:
         return Check(
             "tensors", "fail", f"{len(problems)} of {len(expected)} wrong", capped(problems)
@@ -94,6 +97,36 @@ def check_names(checkpoint: TensorSource, model: PreTrainedModel) -> Check:
     return Check(
         "tensors", "pass", f"all {len(expected)} names and shapes as the class writes them"
     )
+
+
+def _mtp_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of tensors that transformers ignores: layers of multi-token prediction, unless the config
+    says that there are none.
+    """
+    form = find(config)
+    if form is None:
+        return ()
+    stated = [config[key.name] for key in form.mtp_count if key.name in config]
+    if stated and not any(stated):
+        return ()
+    return tuple(p.format(n=config.get("num_hidden_layers")) for p in form.mtp)
+
+
+def check_routing(checkpoint: TensorSource) -> list[Check]:
+    """A token can pass through as many experts as the config says; nothing for a dense model."""
+    form = find(checkpoint.config)
+    if form is None or not form.is_moe:
+        return []
+    moe = form.moe(checkpoint.config)
+    if not moe.sparse_layers:
+        return []
+    most = moe.num_experts + moe.zero_experts
+    problem = group_problem(moe, range(moe.num_experts))
+    if not 1 <= moe.top_k <= most:
+        problem = f"top_k ({moe.top_k}) must be between 1 and the number of experts ({most})"
+    if problem:
+        return [Check("routing", "fail", problem)]
+    return [Check("routing", "pass", f"{moe.top_k} of {most} experts")]
 
 
 def check_dtypes(checkpoint: TensorSource) -> Check:
@@ -125,15 +158,18 @@ def check_dtypes(checkpoint: TensorSource) -> Check:
 def load_tokenizer(checkpoint: TensorSource, against: TensorSource | None) -> tuple[Any, Check]:
     """The checkpoint's tokenizer, or None.
 
-    More tokens than the model has rows is a fault, unless the source has the same.
+    It must be there if the source has one, and more tokens than the model has rows are a fault,
+    unless the source has the same.
     """
     from transformers import AutoTokenizer
 
     from moe_compose.runtime.quiet import quiet
 
-    path = checkpoint.files.get("tokenizer_config.json") or checkpoint.files.get("tokenizer.json")
+    path = _tokenizer_file(checkpoint)
     if path is None:
-        return None, Check("tokenizer", "warn", "the checkpoint has none")
+        lost = against is not None and _tokenizer_file(against) is not None
+        text = "the checkpoint has none" + (", its source has one" if lost else "")
+        return None, Check("tokenizer", "fail" if lost else "warn", text)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
@@ -144,4 +180,23 @@ def load_tokenizer(checkpoint: TensorSource, against: TensorSource | None) -> tu
         text = f"has {len(tokenizer)} tokens, the model {vocabulary}"
         inherited = against is not None and against.config.get("vocab_size") == vocabulary
         return tokenizer, Check("tokenizer", "warn" if inherited else "fail", text)
+    changed = [
+        name
+        for name, file in checkpoint.files.items()
+        if name in _TOKENIZER_FILES
+        and against is not None
+        and name in against.files
+        and file.read_bytes() != against.files[name].read_bytes()
+    ]
+    if changed:
+        text = f"{', '.join(changed)}: not the source's"
+        return tokenizer, Check("tokenizer", "warn", text)
     return tokenizer, Check("tokenizer", "pass", f"loads, {len(tokenizer)} tokens")
+
+
+#: What turns text into tokens; settings beside them are rewritten now and then.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+def _tokenizer_file(source: TensorSource) -> Path | None:
+    return source.files.get("tokenizer_config.json") or source.files.get("tokenizer.json")

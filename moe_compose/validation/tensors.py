@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -138,13 +138,33 @@ def check_copied(
     return Check("copies", "pass", f"{len(names)} tensors are the source's, bit for bit")
 
 
-def _equal(one: TensorSource, other: TensorSource, name: str) -> bool:
-    a, b = one.tensors[name], other.tensors.get(name)
+def check_ties(checkpoint: TensorSource, tied: Mapping[str, str]) -> list[Check]:
+    """Tensors that the config ties, and that are both on disk, are equal; nothing without any.
+
+    Where they differ transformers 5 does not tie them, and every other engine drops the first.
+
+    Args:
+        checkpoint: whose values are read.
+        tied: name → the name that it is tied to.
+    """
+    tensors = checkpoint.tensors
+    pairs = [(a, b) for a, b in tied.items() if a in tensors and b in tensors]
+    problems = [f"{a} is not {b}" for a, b in pairs if not _equal(checkpoint, checkpoint, a, b)]
+    if problems:
+        text = "the config ties tensors that differ: engines take one for both"
+        return [Check("ties", "fail", text, capped(problems))]
+    return [Check("ties", "pass", f"{len(pairs)} tied tensors are equal")] if pairs else []
+
+
+def _equal(one: TensorSource, other: TensorSource, name: str, called: str = "") -> bool:
+    """Whether a tensor has the same bits in both, where the other may call it something else."""
+    called = called or name
+    a, b = one.tensors[name], other.tensors.get(called)
     if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if a.dtype not in TORCH_DTYPES:
         return True
-    pairs = zip(one.stream(name), other.stream(name), strict=True)
+    pairs = zip(one.stream(name), other.stream(called), strict=True)
     return all(bool((_bits(x) == _bits(y)).all()) for x, y in pairs)
 
 

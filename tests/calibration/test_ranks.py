@@ -57,7 +57,7 @@ for scenario in eval(scenarios):
 """
 
 FAST = {"batch": 3, "dtype": "float64"}
-SIMILAR = {**FAST, "similarity": True, "sample": 20}
+SIMILAR = {**FAST, "similarity": True, "sample": 20, "loo_tokens": 20}
 SCENARIOS = {
     "whole": {"place": "whole", "options": SIMILAR},
     "cut": {"place": "cut", "options": SIMILAR, "fail": "first 3"},

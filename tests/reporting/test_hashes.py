@@ -57,6 +57,7 @@ def test_record_and_card_name_what_was_read(make: Make, tmp_path: Path) -> None:
     assert entry == {
         "label": "dense",
         "digest": source.digest(),
+        "model_type": "llama",
         "files": {"model.safetensors": digest},
     }
     assert f"| `model.safetensors` | `{digest}` |" in (tmp_path / "out" / "README.md").read_text()

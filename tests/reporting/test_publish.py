@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hand_made import Make, plan_of
@@ -17,7 +17,9 @@ from hand_made import Make, plan_of
 import moe_compose as mc
 from moe_compose.reporting.catalogue import families, methods
 from moe_compose.reporting.documents import encode, history_of, plain
+from moe_compose.surgery.merge_options import MergeMethod
 from moe_compose.surgery.plan import OutputTensor
+from moe_compose.surgery.prune_options import Criterion
 from moe_compose.surgery.transforms import Read
 from moe_compose.surgery.upcycle_options import METHODS
 from moe_compose.validation.report import Agreement, Check, Receipt, ValidationReport
@@ -142,9 +144,15 @@ def test_plain_values() -> None:
 
 
 def test_every_method_and_family_is_listed() -> None:
-    assert [(m.method, m.preservation) for m in methods()] == [
+    rows = methods()
+    assert [(m.method, m.preservation) for m in rows if m.operation == "upcycle"] == [
         (name, info.preserves) for name, info in METHODS.items()
     ]
+    assert [m.method for m in rows if m.operation == "prune"] == list(get_args(Criterion))
+    assert [m.method for m in rows if m.operation == "merge"] == list(get_args(MergeMethod))
+    needs = {m.method: m.needs for m in rows if m.operation == "prune"}
+    assert [n for n in needs if "loo" in needs[n]] == ["loo-mse", "naee-greedy"]
+    assert all(m.paper and m.summary for m in rows)
     by_name: Mapping[str, Any] = {row.family: row for row in families()}
     assert by_name["llama"].kind == "dense" and "mixtral" in by_name["llama"].grows_into
     assert "llama" in by_name["mixtral"].grown_from

@@ -174,3 +174,25 @@ def test_what_is_missing(source: mc.Checkpoint) -> None:
         mc.sweep(source, None, drawn(1))
     with pytest.raises(mc.OptionError, match="none of the ratios"):
         mc.sweep(source, None, drawn(1), mc.SweepOptions(ratios=(0.9,), criteria=("random",)))
+
+
+def test_what_a_later_candidate_lacks_is_said_first(
+    source: mc.Checkpoint, stats: mc.ExpertStats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is evaluated before."""
+    monkeypatch.setattr("moe_compose.tradeoff.measure.evaluate", None)
+    asked = mc.SweepOptions(ratios=(0.4,), criteria=("reap", "loo-mse", "naee-greedy"))
+    with pytest.raises(mc.OptionError, match="--loo-tokens 2048") as caught:
+        mc.sweep(source, stats, drawn(1), asked)
+    assert len(caught.value.problems) == 2
+    weighted = mc.PruneOptions(criterion="naee-greedy", domain_weight=("a=2",))
+    with pytest.raises(mc.OptionError, match="its order is of all text"):
+        mc.fewest(source, stats, drawn(1), 0.1, weighted)
+
+
+def test_masked_criteria_are_swept(source: mc.Checkpoint) -> None:
+    texts = drawn(2)
+    masked = mc.calibrate(source, texts, mc.CalibrateOptions(loo_tokens=64))
+    asked = mc.SweepOptions(ratios=(0.4,), criteria=("loo-mse", "naee-greedy"))
+    found = mc.sweep(source, masked, drawn(1), asked, evaluation=OPTIONS)
+    assert {c.criterion for c in found.candidates} == {"loo-mse", "naee-greedy", "random"}

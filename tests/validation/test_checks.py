@@ -1,5 +1,6 @@
-"""Every fault of a checkpoint that can be seen without a reference is seen; pytest
-tests/validation/test_checks.py.
+"""What `validate` says of checkpoints, plans, texts and histories; damage is in test_mutants.py.
+
+pytest tests/validation/test_checks.py
 """
 
 import json
@@ -42,47 +43,8 @@ def test_a_whole_checkpoint_passes(moe):
     json.dumps(report.to_json())
 
 
-def pop(name):
-    return lambda t: t.pop(name)
-
-
-def put(name, value):
-    return lambda t: t.__setitem__(name, value)
-
-
 def fill(name, value, at=...):
     return lambda t: t[name].__setitem__(at, value)
-
-
-TENSOR_MUTANTS = {
-    "missing router": (pop(ROUTER), "tensors", f"{ROUTER} is missing"),
-    "missing expert": (pop(EXPERT), "tensors", f"{EXPERT} is missing"),
-    "surplus expert": (
-        put("model.layers.1.block_sparse_moe.experts.4.w1.weight", torch.ones(64, 32)),
-        "tensors",
-        "experts.4.w1.weight is unexpected",
-    ),
-    "stacked name": (
-        put("model.layers.0.mlp.experts.gate_up_proj", torch.ones(4, 128, 32)),
-        "tensors",
-        "gate_up_proj is unexpected",
-    ),
-    "wrong shape": (put(EXPERT, torch.randn(40, 32)), "tensors", "[40, 32], not [64, 32]"),
-    "short router": (put(ROUTER, torch.randn(3, 32)), "tensors", "[3, 32], not [4, 32]"),
-    "one NaN": (fill(EXPERT, torch.nan, (3, 4)), "values", f"{EXPERT} holds NaN"),
-    "one infinity": (fill(EXPERT, torch.inf, (0, 0)), "values", f"{EXPERT} holds NaN or inf"),
-    "zero expert": (fill(EXPERT, 0.0), "values", f"{EXPERT} is 0 throughout"),
-    "zero router": (fill(ROUTER, 0.0), "values", f"{ROUTER} is 0 throughout"),
-}
-
-
-@pytest.mark.parametrize("name", TENSOR_MUTANTS)
-def test_damaged_tensors_are_caught(moe, tmp_path, name):
-    change, check, text = TENSOR_MUTANTS[name]
-    report = validate(mutant(moe, tmp_path / "m", tensors=change))
-    assert found(report, check).status == "fail"
-    assert any(text in p for p in found(report, check).problems)
-    assert not report.ok
 
 
 def test_a_norm_left_at_its_initial_value_is_noticed(moe, tmp_path):
@@ -102,24 +64,21 @@ def without(*keys):
     return lambda c: [c.pop(k) for k in keys]
 
 
-CONFIG_MUTANTS = {
-    "wrong class": (edit(architectures=["LlamaForCausalLM"]), "config", "fail"),
-    "unknown type": (edit(model_type="nonsense"), "config", "fail"),
-    "other count": (edit(num_local_experts=5, num_experts=5), "tensors", "fail"),
-    "other dtype": (edit(dtype="bfloat16", torch_dtype="bfloat16"), "dtypes", "warn"),
-    "no dtype": (without("dtype", "torch_dtype"), "dtypes", "warn"),
-    "one dialect of rope": (without("rope_theta", "rope_scaling"), "portability", "warn"),
-    "one dialect of dtype": (without("torch_dtype"), "portability", "warn"),
-    "sliding window": (edit(sliding_window=64), "portability", "warn"),
+PORTABILITY = {
+    "other dtype": (edit(dtype="bfloat16", torch_dtype="bfloat16"), "dtypes"),
+    "no dtype": (without("dtype", "torch_dtype"), "dtypes"),
+    "one dialect of rope": (without("rope_theta", "rope_scaling"), "portability"),
+    "one dialect of dtype": (without("torch_dtype"), "portability"),
+    "sliding window": (edit(sliding_window=64), "portability"),
 }
 
 
-@pytest.mark.parametrize("name", CONFIG_MUTANTS)
-def test_damaged_configs_are_caught(moe, tmp_path, name):
-    change, check, status = CONFIG_MUTANTS[name]
+@pytest.mark.parametrize("name", PORTABILITY)
+def test_configs_that_work_here_only_are_noticed(moe, tmp_path, name):
+    change, check = PORTABILITY[name]
     report = validate(mutant(moe, tmp_path / "m", config=change))
-    assert found(report, check).status == status
-    assert report.ok == (status != "fail")
+    assert found(report, check).status == "warn"
+    assert report.ok
 
 
 def test_portability_names_the_engines(moe, tmp_path):

@@ -1,0 +1,177 @@
+"""`moe-compose add-expert`, `swap-expert`, `remove-expert` and `expand`: the experts of a mixture
+that is there.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_compose.composition.options import RoutingOptions
+from moe_compose.surgery.add_expert import AddOptions
+from moe_compose.surgery.expand import ExpandOptions
+from moe_compose.surgery.remove_expert import RemoveOptions
+from moe_compose.surgery.swap_expert import SwapOptions
+
+from ..output import out
+from ..parameters import Moe, Output, with_options
+from ._routing import (
+    DEVICE,
+    TEXT_TOKENS,
+    TOLERANCE,
+    Device,
+    ExpertTexts,
+    RowScale,
+    TextTokens,
+    Tolerance,
+    texts_by_name,
+)
+from ._surgery import How, carry_out
+from ._writing import with_writing
+
+if TYPE_CHECKING:
+    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.surgery.donors import Donor
+    from moe_compose.surgery.plan import Plan
+
+From = Annotated[
+    str,
+    typer.Option(
+        "--from",
+        metavar="DONOR",
+        help="Where the new expert comes from: a dense model, MOE#3 or MOE#law, a packed "
+        "expert, an anchored pair, copy:3 (one of SOURCE itself), or any of these +ADAPTER (a LoRA "
+        "folder).",
+        show_default=False,
+    ),
+]
+
+
+@with_writing(data=False)
+@with_options(AddOptions)
+def add_expert(
+    source: Moe,
+    output: Output,
+    donor: From,
+    options: AddOptions,
+    how: How,
+    data: ExpertTexts = [],  # noqa: B006 - typer's way of saying "none"
+    text_tokens: TextTokens = TEXT_TOKENS,
+    row_scale: RowScale = None,
+    tolerance: Tolerance = TOLERANCE,
+    device: Device = DEVICE,
+) -> None:
+    """Add an expert to a mixture, the last.
+
+    The other experts and all that is shared keep their bytes. With text of the new expert, or
+    statistics packed with it, its router row follows from that; with text of the other domains,
+    the row is as long as leaves their loss within the tolerance. Exit code 3: written, but not what
+    was stated.
+    """
+    from moe_compose.composition import change
+    from moe_compose.surgery import add_expert as plain
+
+    given = _donor(donor, how)
+
+    def make(original: Checkpoint) -> Plan:
+        name = options.name or str(_count(original))
+        texts = texts_by_name(data, name)
+        if how.dry_run:
+            return plain.add_expert(original, given, options)
+        routing = RoutingOptions(
+            tokens=text_tokens, row_scale=row_scale, tolerance=tolerance, device=device
+        )
+        with out.counting("measuring router inputs", "layers") as progress:
+            return change.add_expert(
+                original, given, options, texts, routing=routing, progress=progress
+            )
+
+    carry_out(source, output, how, make)
+
+
+@with_writing(data=False)
+@with_options(SwapOptions)
+def swap_expert(
+    source: Moe,
+    output: Output,
+    donor: From,
+    options: SwapOptions,
+    how: How,
+    data: ExpertTexts = [],  # noqa: B006
+    text_tokens: TextTokens = TEXT_TOKENS,
+    row_scale: RowScale = None,
+    tolerance: Tolerance = TOLERANCE,
+    device: Device = DEVICE,
+) -> None:
+    """Put another expert in the place of one: the upgrade of BAR.
+
+    All else keeps its bytes. Train the router afterwards, or let the row follow from text. Exit
+    code 3: written, but not what was stated.
+    """
+    from moe_compose.composition import change
+    from moe_compose.surgery import swap_expert as plain
+
+    given = _donor(donor, how)
+
+    def make(original: Checkpoint) -> Plan:
+        from moe_compose.surgery.expert_names import index_of, names_of
+
+        if how.dry_run:
+            return plain.swap_expert(original, given, options)
+        count = _count(original)
+        at = index_of(original.config, count, options.expert)
+        name = options.name or names_of(original.config, count)[at] or str(at)
+        routing = RoutingOptions(
+            tokens=text_tokens, row_scale=row_scale, tolerance=tolerance, device=device
+        )
+        with out.counting("measuring router inputs", "layers") as progress:
+            return change.swap_expert(
+                original,
+                given,
+                options,
+                texts_by_name(data, name),
+                routing=routing,
+                progress=progress,
+            )
+
+    carry_out(source, output, how, make)
+
+
+@with_writing()
+@with_options(RemoveOptions)
+def remove_expert(source: Moe, output: Output, options: RemoveOptions, how: How) -> None:
+    """Remove experts by name or number, and every trace of their text: opting out.
+
+    The result is exactly the source with those experts masked, which is measured after writing.
+    Exit code 3: written, but not what was stated.
+    """
+    from moe_compose.composition.change import remove_expert
+
+    carry_out(source, output, how, lambda moe: remove_expert(moe, options))
+
+
+@with_writing()
+@with_options(ExpandOptions)
+def expand(source: Moe, output: Output, options: ExpandOptions, how: How) -> None:
+    """Repeat every expert, to be trained apart; exact when top-k grows as well.
+
+    Exit code 3: written, but not what was stated.
+    """
+    from moe_compose.surgery.expand import expand
+
+    carry_out(source, output, how, lambda moe: expand(moe, options))
+
+
+def _donor(text: str, how: How) -> Donor:
+    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.surgery.donors import Donor
+
+    return Donor.parse(text, partial(Checkpoint.open, headers_only=how.dry_run))
+
+
+def _count(source: Checkpoint) -> int:
+    from moe_compose.surgery.selection import moe_form
+
+    return moe_form(source)[1].num_experts

@@ -1,0 +1,15 @@
+"""Alike experts become weighted means (HC-SMoE, arXiv 2410.08589)."""
+
+import tempfile
+from pathlib import Path
+
+import moe_compose as mc
+
+seed = mc.Checkpoint.open("examples/models/stories260K")
+text = mc.read_texts("moe_compose/validation/sample.txt")
+moe = mc.upcycle(seed, mc.UpcycleOptions(num_experts=8, method="noise"))
+options = mc.CalibrateOptions(tokens=1024, similarity=True, sample=64)
+with tempfile.TemporaryDirectory() as folder:
+    stats = mc.calibrate(moe, text, options, output=Path(folder) / "stats")
+    plan = mc.merge(moe, stats, mc.MergeOptions(keep=4, method="hc-smoe"))
+    mc.write(plan, "out/merged")

@@ -1,0 +1,49 @@
+"""Statistics of routers beside a checkpoint, in a folder of its own: engines take every safetensors
+file that lies next to the weights for weights.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_compose.checkpoint.reader import Checkpoint
+from moe_compose.checkpoint.source import TensorSource
+from moe_compose.surgery.history import EXTRA_FOLDER
+from moe_compose.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from moe_compose.composition.statistics import RouterStats
+
+#: Where the statistics lie in a checkpoint.
+STATS_PLACE = f"{EXTRA_FOLDER}/router_stats.safetensors"
+
+
+def stats_of(source: TensorSource) -> RouterStats | None:
+    """The statistics that came with a model; None where there are none.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    from moe_compose.composition.statistics import RouterStats
+
+    path = source.files.get(STATS_PLACE)
+    if path is None and isinstance(source, Checkpoint) and source.path is not None:
+        path = source.path / STATS_PLACE
+    return RouterStats.load(path) if path is not None and path.is_file() else None
+
+
+def with_stats(plan: Plan, stats: RouterStats) -> Plan:
+    """The plan with statistics that are written beside its result."""
+    return replace(plan, files={**plan.files, STATS_PLACE: stats.save(work_folder())})
+
+
+def work_folder() -> Path:
+    """A temporary folder that lasts as long as this process: plans read from it when written."""
+    folder = Path(tempfile.mkdtemp(prefix="moe-compose-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
