@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -91,7 +92,8 @@ def with_writing(*, data: bool = True) -> Callable[..., Callable[..., None]]:
         def run(**given: Any) -> None:
             own = {name: given.pop(name) for name in flags}
             out.configure(as_json=own.pop("as_json"), quiet=own.pop("quiet"))
-            if (recipe := own.pop("save_recipe")) is not None:
+            recipe, first = own.pop("save_recipe"), os.environ.get("RANK", "0") == "0"
+            if recipe is not None and first:
                 _save(recipe, command.__name__.replace("_", "-"), given, signature, own["validate"])
             command(**given, how=How(**{"data": None, **own}))
 

@@ -9,26 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_compose.checkpoint.writer import SHARD_SIZE
 from moe_compose.training.options import TrainOptions
 
 from ..output import out
-from ..parameters import (
-    Domains,
-    DryRun,
-    Json,
-    Moe,
-    Output,
-    Overwrite,
-    Quiet,
-    ShardSize,
-    Texts,
-    Validate,
-    with_options,
-)
+from ..parameters import Domains, Moe, Output, Texts, with_options
 from ..processes import joined, together
 from ._refit import read_words
 from ._surgery import How, carry_out
+from ._writing import with_writing
 
 if TYPE_CHECKING:
     from moe_compose.calibration.data import Domain
@@ -66,28 +54,20 @@ AdapterOut = Annotated[
         show_default=False,
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue an interrupted training, or write of its result.")
-]
 
 
+@with_writing(data=False)
 @with_options(TrainOptions)
 def train_router(
     source: Moe,
     output: Output,
     options: TrainOptions,
+    how: How,
     teacher: Teacher = None,
     domains: Domains = [],  # noqa: B006 - typer's way of saying "none"
     data: Texts = [],  # noqa: B006
     eval_data: EvalData = [],  # noqa: B006
     adapter_out: AdapterOut = None,
-    shard_size: ShardSize = SHARD_SIZE,
-    dry_run: DryRun = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    validate: Validate = True,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Train the routers of a mixture of experts on text: alone, with some experts, or all of it.
 
@@ -99,26 +79,24 @@ def train_router(
     Several devices: torchrun --nproc-per-node N -m moe_compose_cli train-router ... shares every
     step (pip install 'moe-compose[train]').
     """
-    out.configure(as_json=as_json, quiet=quiet)
-    how = How(shard_size, dry_run, resume, overwrite, validate, None)
     work = output.absolute().with_name(f"{output.name}.training")
     with joined() as first:
         if not first:
             out.configure(quiet=True)
         with together():  # what is wrong is said before torch is there
             texts, held = _texts(domains, data), read_words(eval_data)
-            original, other = _open(source, teacher, dry_run)
+            original, other = _open(source, teacher, how.dry_run)
             if adapter_out is not None:
                 from moe_compose.training.setup import check_adapter_folder
 
                 check_adapter_folder(adapter_out, options)
-            if first and not dry_run:
+            if first and not how.dry_run:
                 _clear(original, output, work, how)
-        if dry_run:
+        if how.dry_run:
             if first:
                 _show_intent(original, texts, held, options, other)
             return
-        plan = _train(original, texts, held, options, other, work, resume, adapter_out)
+        plan = _train(original, texts, held, options, other, work, how.resume, adapter_out)
     if not first:
         return
     from ..training_screen import training_screen
@@ -130,9 +108,9 @@ def train_router(
 
 
 def _texts(domains: list[str], data: list[str]) -> tuple[Domain, ...]:
-    from moe_compose.calibration.data import parse_domains, read_domains
+    from moe_compose.calibration.data import read_texts
 
-    return read_domains(parse_domains(domains, data))
+    return read_texts(*domains, *data)
 
 
 def _open(

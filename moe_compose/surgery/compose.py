@@ -184,7 +184,8 @@ class _Composition:
                 "with top_k ≥ 2"
             )
         stored = self._options.dtype or ffn_dtype(self._members.base, self._members.dense)
+        first = self.form.moe(self.config).sparse_layers[0]
         for name, giver in self._members.givers.items():
-            theirs = giver.ffn(0).down.spec.dtype
+            theirs = giver.ffn(first).down.spec.dtype
             if theirs != ffn_dtype(self._members.base, self._members.dense):
                 yield f"{name} is {theirs}, and rounded to {stored}"

@@ -139,3 +139,17 @@ def test_adapters_of_their_own(command: Any, moe: Path, texts: Path, tmp_path: P
     assert (tmp_path / "adapters" / "adapter_model.safetensors").is_file()
     again = command(*words, "--overwrite")
     assert again.code == 2 and "new or empty folder" in again.err
+
+
+def test_a_saved_recipe_trains_the_same(
+    command: Any, moe: Path, texts: Path, tmp_path: Path
+) -> None:
+    """What the command wrote, `run` writes again."""
+    out, file, text = tmp_path / "out", tmp_path / "saved.yaml", texts / "dogs.txt"
+    words = (*FEW, "--data", text, "--no-validate", "--save-recipe", file)
+    ran = command("train-router", moe, out, *words)
+    assert ran.code == 0, ran.err
+    assert "operation: train-router" in file.read_text()
+    before = (out / "model.safetensors").read_bytes()
+    assert command("run", file, "--overwrite").code == 0
+    assert (out / "model.safetensors").read_bytes() == before
