@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any, Literal, get_args
 
 from moe_compose.architectures import Architecture, MoE, find
+from moe_compose.architectures.dialects import both_dialects
 from moe_compose.architectures.parts import Locator, layout_of
 from moe_compose.checkpoint.source import TensorInfo, TensorSource
 from moe_compose.errors import UnsupportedError
@@ -28,6 +29,9 @@ from moe_compose.surgery.transforms import Concat, Read, Take, Transform
 
 #: What becomes of multi-token-prediction layers, whose experts are counted by the same entry.
 MtpPolicy = Literal["prune", "keep", "drop"]
+
+#: What only transformers 5 writes; older readers take defaults in its place without a word.
+_NEW_DIALECT = ("rope_parameters", "dtype")
 
 #: Faults that are listed one by one.
 _SHOWN = 20
@@ -198,6 +202,8 @@ class _Selection:
         self._check_experts()
         self.config = with_count(source.config, form, len(last))
         set_names(self.config, self._names(chosen))
+        if changes and not source.config.keys().isdisjoint(_NEW_DIALECT):
+            both_dialects(self.config, form)
         self.problems += rename_modules(self.config, self._roles[0], {**blocks, **self.mtp})
         if mtp == "drop":
             without_mtp(self.config, form)
