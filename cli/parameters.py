@@ -17,27 +17,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from moe_compose.recipe.values import attribute_docs
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _METAVARS = {int: "INT", float: "FLOAT"}
-
-
-def attribute_docs(cls: type) -> dict[str, str]:
-    """Name → text of every entry of a class docstring's `Attributes:` section.
-
-    An entry may name several (`a, b: ...`) and go on over indented lines.
-    """
-    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
-    names: list[str] = []
-    for line in section.splitlines():
-        if line and not line.startswith(" "):
-            break
-        if entry := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
-            names = entry[1].split(", ")
-            found.update(dict.fromkeys(names, entry[2].strip()))
-        elif line.strip():
-            found.update({name: f"{found[name]} {line.strip()}" for name in names})
-    return found
 
 
 def flag_of(name: str) -> str:

@@ -80,12 +80,10 @@ def texts_by_name(words: Sequence[str], unnamed: str | None) -> Mapping[str, tup
     Raises:
         OptionError: a word that means nothing, or unreadable text.
     """
-    from moe_compose.calibration.data import read_texts
     from moe_compose.errors import OptionError
+    from moe_compose.recipe.inputs import by_name
 
-    if not words:
-        return {}
     lone = [w for w in words if "=" not in w]
     if lone and unnamed is None:
         raise OptionError(f"--data {lone[0]}: say whose text it is (NAME={lone[0]})")
-    return {d.name: (d,) for d in read_texts(*words, unnamed=unnamed)}
+    return by_name(tuple(words), unnamed)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from moe_compose.evaluation.options import EvaluateOptions
+from moe_compose.recipe.values import attribute_docs
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.tradeoff.options import SweepOptions
 
 from ..output import out
-from ..parameters import Domains, Json, Moe, Overwrite, Quiet, Texts, attribute_docs, with_options
+from ..parameters import Domains, Json, Moe, Overwrite, Quiet, Texts, with_options
 from ._refit import TOKENS, MaxKl, Refit, RefitOn, RefitTokens, read_words
 
 if TYPE_CHECKING:

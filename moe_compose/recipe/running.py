@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_compose.calibration.data import read_texts
 from moe_compose.errors import MoeComposeError
+from moe_compose.recipe.acts import State
 from moe_compose.recipe.reading import Recipe, RecipeStep
-from moe_compose.recipe.steps import State
 
 if TYPE_CHECKING:
     from moe_compose.checkpoint.reader import Checkpoint

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -11,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from moe_compose.recipe.inputs import Input
 from moe_compose.recipe.reading import CONDITIONS, TOP
 from moe_compose.recipe.steps import STEPS, Step, inputs_of
-from moe_compose.recipe.values import hints_of, kinds_of, required
+from moe_compose.recipe.values import attribute_docs, hints_of, kinds_of, required
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 _KINDS = {
@@ -42,24 +40,10 @@ def schema() -> dict[str, Any]:
     }
 
 
-def docs_of(cls: type) -> dict[str, str]:
-    """Field → its text in the class docstring's `Attributes:` section."""
-    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if entry := re.match(r" {4}(\w+): (.*)", line):
-            name = entry[1]
-            found[name] = entry[2].strip()
-        elif name and line.startswith(" " * 8):
-            found[name] += f" {line.strip()}"
-    return found
-
-
 def _step(name: str, step: Step) -> dict[str, Any]:
     cls = step.options_class
     assert cls is not None
-    docs, hints = docs_of(cls), hints_of(cls)
+    docs, hints = attribute_docs(cls), hints_of(cls)
     own = {f.name: {"description": docs[f.name], **_type(hints[f.name])} for f in fields(cls)}
     needed = [f.name for f in fields(cls) if required(f)]
     needed += [n for n, i in inputs_of(step).items() if i.required]

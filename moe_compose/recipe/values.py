@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
@@ -14,6 +16,25 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def hints_of(cls: type) -> Mapping[str, Any]:
     """Field → its type."""
     return get_type_hints(cls)
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """Name → text of every entry of a class docstring's `Attributes:` section.
+
+    An entry may name several (`a, b: ...`) and go on over indented lines.
+    """
+    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if entry := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names = entry[1].split(", ")
+            found.update(dict.fromkeys(names, entry[2].strip()))
+        elif line.strip():
+            found.update({name: f"{found[name]} {line.strip()}" for name in names})
+    return found
 
 
 def required(field: Field[Any]) -> bool:

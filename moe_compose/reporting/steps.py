@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 #: Operation → where its options are, of those that have any.
-_OPTIONS = {
+OPTIONS = {
     "upcycle": "surgery.upcycle_options.UpcycleOptions",
     "compose": "surgery.compose_options.ComposeOptions",
     "anchor": "surgery.anchor.AnchorOptions",
@@ -78,9 +78,9 @@ def steps_of(history: Iterable[Mapping[str, Any]]) -> Iterator[Step]:
 @cache
 def _defaults(operation: str) -> Mapping[str, Any]:
     """Option → its default, as JSON holds it; a sentinel for one that must be given."""
-    if operation not in _OPTIONS:
+    if operation not in OPTIONS:
         return {}
-    module, _, name = _OPTIONS[operation].rpartition(".")
+    module, _, name = OPTIONS[operation].rpartition(".")
     found = fields(getattr(import_module(f"moe_compose.{module}"), name))
     return {f.name: _list(f.default) or f.default for f in found}
 

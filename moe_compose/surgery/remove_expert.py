@@ -60,9 +60,6 @@ def remove_expert(source: TensorSource, options: RemoveOptions) -> Plan:
     if problems:
         raise OptionError(f"cannot remove experts of {source.label} like this", problems=problems)
     kept = [e for e in range(moe.num_experts) if e not in gone]
-    if options.top_k is not None:
-        source_k = with_top_k(source.config, form, options.top_k)
-        assert form.moe(source_k).top_k == options.top_k
     selected = select_experts(source, dict.fromkeys(moe.sparse_layers, kept), mtp=options.mtp)
     text = ", ".join(map(str, sorted(gone)))
     return Plan(

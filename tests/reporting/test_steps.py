@@ -12,7 +12,7 @@ from hand_made import Make, plan_of
 import moe_compose as mc
 from moe_compose.reporting.documents import history_of
 from moe_compose.reporting.inspect import inspect
-from moe_compose.reporting.steps import _OPTIONS, _defaults, steps_of
+from moe_compose.reporting.steps import OPTIONS, _defaults, steps_of
 
 KEEP = mc.PruneOptions(criterion="random", keep=3)
 
@@ -63,7 +63,7 @@ def test_several_sources_are_each_told_once(make: Make) -> None:
 
 def test_the_options_of_every_operation_are_found() -> None:
     """Each entry of the table names a dataclass with defaults; a step at its defaults says none."""
-    for operation in _OPTIONS:
+    for operation in OPTIONS:
         usual = _defaults(operation)
         assert usual, operation
         given = {n: v for n, v in usual.items() if v is None or isinstance(v, int | float | str)}
