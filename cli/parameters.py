@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
@@ -18,8 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from moe_compose.recipe.values import attribute_docs
+from moe_compose.reporting.units import parse_bytes
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _METAVARS = {int: "INT", float: "FLOAT"}
 
 
@@ -28,14 +27,17 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def with_options(cls: type, parameter: str = "options") -> Callable[..., Callable[..., None]]:
+def with_options(
+    cls: type, parameter: str = "options", without: tuple[str, ...] = ()
+) -> Callable[..., Callable[..., None]]:
     """Decorate a command so that its parameter `options` becomes one flag per field of `cls`.
 
     Args:
         cls: an options dataclass; the help of its flags is its docstring.
         parameter: name of the command's parameter that receives the instance.
+        without: fields that mean nothing to the command, and stay as they are by default.
     """
-    flags = _flags(cls)
+    flags = {name: flag for name, flag in _flags(cls).items() if name not in without}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -104,17 +106,12 @@ def _optional(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType) and get_origin(hint) is not Literal
 
 
-def parse_bytes(size: str | int) -> int:
-    """`5GB`, `500MB` or a plain number of bytes; units are decimal, as shard sizes are everywhere.
-
-    >>> parse_bytes("1.5GB")
-    1500000000
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", str(size).strip().upper())
-    found = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if found < 1:
-        raise typer.BadParameter(f"{size!r} is no size in bytes, such as 5GB, 500MB or 4000000")
-    return found
+def size_in_bytes(size: str | int) -> int:
+    """`5GB` as a flag's value."""
+    try:
+        return parse_bytes(size)
+    except ValueError as e:
+        raise typer.BadParameter(f"{size!r} is no {str(e).removeprefix('a ')}") from e
 
 
 # Shared flags mean the same in every command.
@@ -149,7 +146,7 @@ ShardSize = Annotated[
     int,
     typer.Option(
         "--shard-size",
-        parser=parse_bytes,
+        parser=size_in_bytes,
         metavar="SIZE",
         help="Largest file of weights: 500MB, 2GB, or bytes; by default 5GB.",
         show_default=False,

@@ -47,9 +47,9 @@ def plan_screen(plan: Plan, output: str) -> RenderableType:
     summary, after = plan.summary(), inspect(plan)
     befores = [inspect(source) for source in dict.fromkeys(_origins(plan))]
     rows: list[tuple[str, RenderableType]] = [
-        ("from", f"{b.checkpoint}: {_short(b)}") for b in befores
+        ("from", f"{b.checkpoint}: {short(b)}") for b in befores
     ]
-    rows.append(("to", _short(after)))
+    rows.append(("to", short(after)))
     if found := method_of(plan):
         name, what, paper = found
         rows += [("method", f"{name}: {what}"), ("paper", paper)]
@@ -69,7 +69,7 @@ def plan_screen(plan: Plan, output: str) -> RenderableType:
     return Group(title(_operations(plan), f"→ {output}"), facts(rows))
 
 
-def _short(found: Inspection) -> str:
+def short(found: Inspection) -> str:
     """A checkpoint in one line: `llama, dense, 5 layers`."""
     words = [found.model_type or "unknown family", {"moe": "MoE"}.get(found.kind, found.kind)]
     if found.experts and found.sparse_layers:

@@ -14,7 +14,6 @@ from .screens import facts, grid_of, title
 
 if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
-    from moe_compose.training.measure import Evaluated
     from moe_compose.training.setup import Intent
 
 #: Layers and evaluations that are shown one by one.
@@ -22,17 +21,6 @@ SHOWN = 12
 
 #: Of the report, in `Plan.reports`.
 _REPORT = "training.json"
-
-
-def evaluation_line(found: Evaluated, best: bool) -> str:
-    """An evaluation while it trains."""
-    said = [
-        f"step {found.step}: held-out loss {found.loss:.4f}",
-        f"entropy of the load {found.entropy:.3f}",
-        f"dead experts {found.dead}",
-        f"largest load {found.max_violation + 1:.2f} × the mean",
-    ]
-    return ", ".join(said) + (" (best so far)" if best else "")
 
 
 def training_screen(plan: Plan) -> RenderableType:

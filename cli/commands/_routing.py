@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moe_compose.composition.options import RoutingOptions
-
-if TYPE_CHECKING:
-    from moe_compose.calibration.data import Domain
 
 _PANEL = "Routers from text"
 _DEFAULT = RoutingOptions()
@@ -68,22 +64,3 @@ Device = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-
-
-def texts_by_name(words: Sequence[str], unnamed: str | None) -> Mapping[str, tuple[Domain, ...]]:
-    """Texts by expert, read.
-
-    Args:
-        words: `NAME=FILE`, or `FILE`.
-        unnamed: the expert that a lone file is about; None: there is none.
-
-    Raises:
-        OptionError: a word that means nothing, or unreadable text.
-    """
-    from moe_compose.errors import OptionError
-    from moe_compose.recipe.inputs import by_name
-
-    lone = [w for w in words if "=" not in w]
-    if lone and unnamed is None:
-        raise OptionError(f"--data {lone[0]}: say whose text it is (NAME={lone[0]})")
-    return by_name(tuple(words), unnamed)

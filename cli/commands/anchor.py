@@ -9,6 +9,7 @@ import typer
 from moe_compose.surgery.anchor import AnchorOptions
 
 from ..parameters import Output, with_options
+from ._steps import step
 from ._surgery import How, carry_out
 from ._writing import with_writing
 
@@ -20,13 +21,11 @@ Base = Annotated[
 
 @with_writing()
 @with_options(AnchorOptions)
-def anchor(base: Base, output: Output, options: AnchorOptions, how: How) -> None:
+def anchor(source: Base, output: Output, options: AnchorOptions, how: How) -> None:
     """Make the pair that an expert is trained in: a frozen anchor, and its trainable copy.
 
     freeze.json beside the result says what trains in which stage, and
     moe_compose.training.freeze(model, stage) does it. compose --preset bar or flexolmo takes the
     trained pairs. Exit code 3: written, but not what was stated.
     """
-    from moe_compose.surgery.anchor import anchor
-
-    carry_out(base, output, how, lambda dense: anchor(dense, options))
+    carry_out(source, output, how, step("anchor", options, {}, how))

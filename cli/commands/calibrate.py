@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_compose.calibration.options import CalibrateOptions
+from moe_compose.recipe.state import State
 
 from ..output import out
 from ..parameters import Domains, Json, Model, Overwrite, Quiet, Texts, with_options
 from ..processes import joined, together
+from ._recipe import with_recipe
+from ._steps import Shown, given_of
 
 if TYPE_CHECKING:
     from moe_compose.calibration.stats import ExpertStats
@@ -21,10 +24,11 @@ Stats = Annotated[Path, typer.Argument(metavar="STATS", help="A new folder for t
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after the layers that are finished.")]
 
 
+@with_recipe
 @with_options(CalibrateOptions)
 def calibrate(
     source: Model,
-    stats: Stats,
+    output: Stats,
     options: CalibrateOptions,
     domains: Domains = [],  # noqa: B006 - typer's way of saying "none"
     data: Texts = [],  # noqa: B006
@@ -41,11 +45,10 @@ def calibrate(
     Several devices or hosts: torchrun --nproc-per-node N -m moe_compose_cli calibrate ... gives
     each process its part of the text.
     """
-    out.configure(as_json=as_json, quiet=quiet)
     with joined() as first:
         if not first:
             out.configure(quiet=True)
-        found = _calibrate(source, stats, options, domains, data, resume, overwrite)
+        found = _calibrate(source, output, options, domains, data, resume, overwrite)
     if not first:
         return
     from moe_compose.calibration.summary import to_json
@@ -53,11 +56,11 @@ def calibrate(
     from ..stats_screen import stats_screen
 
     out.show(stats_screen(found))
-    here, there = shlex.quote(source), shlex.quote(str(stats))
+    here, there = shlex.quote(source), shlex.quote(str(output))
     out.hint(f"See who gets the tokens:\n  moe-compose inspect {here} --stats {there}")
     fewer = f"moe-compose prune {here} OUTPUT --stats {there} --ratio 0.25"
     out.hint(f"Remove a quarter of the experts:\n  {fewer}")
-    out.result(to_json(found) if as_json else {}, str(stats))
+    out.result(to_json(found) if as_json else {}, str(output))
 
 
 def _calibrate(
@@ -69,28 +72,18 @@ def _calibrate(
     resume: bool,
     overwrite: bool,
 ) -> ExpertStats:
-    from moe_compose.calibration.data import parse_domains, read_domains
     from moe_compose.calibration.resume import check_place
-    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.recipe.acts import texts_of
+    from moe_compose.recipe.findings import measured
 
+    given = given_of("calibrate", domain=domains, data=data)
+    state = State(resume=resume, overwrite=overwrite, watch=Shown())
     with together() as first:  # what is wrong is said before torch is there
         options.check()
         if first:
             check_place(stats, resume=resume, overwrite=overwrite)
-        texts = read_domains(parse_domains(domains, data))
-        checkpoint = Checkpoint.open(source)
-    from moe_compose.calibration.calibrate import calibrate
-
+        texts, checkpoint = texts_of(given), state.open(source)
     out.interrupted = "Finished layers are kept: the same command with --resume continues."
-    with out.counting(f"measuring {checkpoint.label}", "tokens × layers") as count:
-        found = calibrate(
-            checkpoint,
-            texts,
-            options,
-            output=stats,
-            resume=resume,
-            overwrite=overwrite,
-            progress=count and (lambda p: count(p.done, p.total)),
-        )
+    found = measured(state, stats, checkpoint, texts, options)
     out.interrupted = ""
     return found

@@ -4,18 +4,15 @@ that is there.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from moe_compose.composition.options import RoutingOptions
 from moe_compose.surgery.add_expert import AddOptions
 from moe_compose.surgery.expand import ExpandOptions
 from moe_compose.surgery.remove_expert import RemoveOptions
 from moe_compose.surgery.swap_expert import SwapOptions
 
-from ..output import out
 from ..parameters import Moe, Output, with_options
 from ._routing import (
     DEVICE,
@@ -26,15 +23,10 @@ from ._routing import (
     RowScale,
     TextTokens,
     Tolerance,
-    texts_by_name,
 )
+from ._steps import given_of, step
 from ._surgery import How, carry_out
 from ._writing import with_writing
-
-if TYPE_CHECKING:
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.surgery.donors import Donor
-    from moe_compose.surgery.plan import Plan
 
 From = Annotated[
     str,
@@ -70,25 +62,16 @@ def add_expert(
     the row is as long as leaves their loss within the tolerance. Exit code 3: written, but not what
     was stated.
     """
-    from moe_compose.composition import change
-    from moe_compose.surgery import add_expert as plain
-
-    given = _donor(donor, how)
-
-    def make(original: Checkpoint) -> Plan:
-        name = options.name or str(_count(original))
-        texts = texts_by_name(data, name)
-        if how.dry_run:
-            return plain.add_expert(original, given, options)
-        routing = RoutingOptions(
-            tokens=text_tokens, row_scale=row_scale, tolerance=tolerance, device=device
-        )
-        with out.counting("measuring router inputs", "layers") as progress:
-            return change.add_expert(
-                original, given, options, texts, routing=routing, progress=progress
-            )
-
-    carry_out(source, output, how, make)
+    given = given_of(
+        "add-expert",
+        from_=donor,
+        data=data,
+        text_tokens=text_tokens,
+        row_scale=row_scale,
+        tolerance=tolerance,
+        device=device,
+    )
+    carry_out(source, output, how, step("add-expert", options, given, how))
 
 
 @with_writing(data=False)
@@ -110,33 +93,16 @@ def swap_expert(
     All else keeps its bytes. Train the router afterwards, or let the row follow from text. Exit
     code 3: written, but not what was stated.
     """
-    from moe_compose.composition import change
-    from moe_compose.surgery import swap_expert as plain
-
-    given = _donor(donor, how)
-
-    def make(original: Checkpoint) -> Plan:
-        from moe_compose.surgery.expert_names import index_of, names_of
-
-        if how.dry_run:
-            return plain.swap_expert(original, given, options)
-        count = _count(original)
-        at = index_of(original.config, count, options.expert)
-        name = options.name or names_of(original.config, count)[at] or str(at)
-        routing = RoutingOptions(
-            tokens=text_tokens, row_scale=row_scale, tolerance=tolerance, device=device
-        )
-        with out.counting("measuring router inputs", "layers") as progress:
-            return change.swap_expert(
-                original,
-                given,
-                options,
-                texts_by_name(data, name),
-                routing=routing,
-                progress=progress,
-            )
-
-    carry_out(source, output, how, make)
+    given = given_of(
+        "swap-expert",
+        from_=donor,
+        data=data,
+        text_tokens=text_tokens,
+        row_scale=row_scale,
+        tolerance=tolerance,
+        device=device,
+    )
+    carry_out(source, output, how, step("swap-expert", options, given, how))
 
 
 @with_writing()
@@ -147,9 +113,7 @@ def remove_expert(source: Moe, output: Output, options: RemoveOptions, how: How)
     The result is exactly the source with those experts masked, which is measured after writing.
     Exit code 3: written, but not what was stated.
     """
-    from moe_compose.composition.change import remove_expert
-
-    carry_out(source, output, how, lambda moe: remove_expert(moe, options))
+    carry_out(source, output, how, step("remove-expert", options, {}, how))
 
 
 @with_writing()
@@ -159,19 +123,4 @@ def expand(source: Moe, output: Output, options: ExpandOptions, how: How) -> Non
 
     Exit code 3: written, but not what was stated.
     """
-    from moe_compose.surgery.expand import expand
-
-    carry_out(source, output, how, lambda moe: expand(moe, options))
-
-
-def _donor(text: str, how: How) -> Donor:
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.surgery.donors import Donor
-
-    return Donor.parse(text, partial(Checkpoint.open, headers_only=how.dry_run))
-
-
-def _count(source: Checkpoint) -> int:
-    from moe_compose.surgery.selection import moe_form
-
-    return moe_form(source)[1].num_experts
+    carry_out(source, output, how, step("expand", options, {}, how))

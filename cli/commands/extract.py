@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_compose.surgery.extract_options import ExtractOptions
 
 from ..parameters import Moe, Output, with_options
+from ._steps import step
 from ._surgery import How, carry_out
 from ._writing import with_writing
 
@@ -17,6 +18,4 @@ def extract(source: Moe, output: Output, options: ExtractOptions, how: How) -> N
     The expert answers for every token, and the loss on real text beside the mixture's shows what
     that costs. A config entry that the dense family has no words for is refused by name.
     """
-    from moe_compose.surgery.extract import extract
-
-    carry_out(source, output, how, lambda moe: extract(moe, options))
+    carry_out(source, output, how, step("extract", options, {}, how))

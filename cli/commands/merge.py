@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_compose.calibration.options import CalibrateOptions
-from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.merge_options import MergeOptions
 
-from ..output import out
 from ..parameters import Moe, Output, with_options
-from ._refit import TOKENS, Refit, RefitOn, RefitTokens, read_words, refitted
+from ._refit import TOKENS, Refit, RefitOn, RefitTokens
+from ._steps import given_of, step
 from ._surgery import How, carry_out
 from ._writing import with_writing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.surgery.plan import Plan
 
 #: How text is measured unless something else is asked for.
@@ -81,19 +78,16 @@ def merge(
     With --refit the merged experts also make up for what is lost. Groups and weights are in
     merging.json beside the result. Exit code 3: written, but not whole.
     """
-    measure = replace(MEASURE, tokens=tokens, seq_len=seq_len, sample=sample)
-    _check(stats, domains, measure)
-    _check_refit(refit, refit_on)
-
-    def make(original: Checkpoint) -> Plan:
-        if stats is not None:
-            plan = _by_statistics(original, options, stats)
-        else:
-            plan = _in_sequence(original, options, domains, measure)
-        if not refit or how.dry_run:
-            return plan
-        texts = read_words(refit_on) or ()
-        return refitted(plan, original, texts, RefitOptions(tokens=refit_tokens))
+    text = {"tokens": tokens, "seq_len": seq_len, "sample": sample}
+    given = given_of(
+        "merge",
+        stats=stats,
+        domain=domains,
+        refit=refit,
+        refit_on=refit_on,
+        refit_tokens=refit_tokens if refit_tokens != TOKENS else None,
+        **{name: value for name, value in text.items() if value != getattr(MEASURE, name)},
+    )
 
     def more(plan: Plan) -> RenderableType:
         from rich.console import Group
@@ -104,68 +98,5 @@ def merge(
         shown = [groups_screen(plan)] if explain else []
         return Group(*shown, *([recovery_screen(plan)] if refit else []))
 
+    make = step("merge", options, given, how)
     carry_out(source, output, how, make, more if explain or refit else None)
-
-
-def _check_refit(refit: bool, refit_on: list[str]) -> None:
-    from moe_compose.errors import OptionError
-
-    if refit and not refit_on:
-        raise OptionError("--refit needs text: --refit-on FILE")
-    if refit_on and not refit:
-        raise OptionError("--refit-on has no meaning without --refit")
-
-
-def _check(stats: Path | None, domains: list[str], measure: CalibrateOptions) -> None:
-    from moe_compose.errors import OptionError
-
-    if (stats is None) == (not domains):
-        given = "both" if domains else "neither"
-        raise OptionError(
-            f"one of --stats and --domain says what to group experts by ({given} given)",
-            hint="moe-compose calibrate --similarity makes statistics; --domain NAME=FILE is text.",
-        )
-    if stats is not None and measure != MEASURE:
-        raise OptionError(
-            "--tokens, --seq-len and --sample are of the text of --domain; --stats was measured"
-        )
-    measure.check()
-
-
-def _in_sequence(
-    original: Checkpoint, options: MergeOptions, domains: list[str], measure: CalibrateOptions
-) -> Plan:
-    from moe_compose.calibration.data import parse_domains, read_domains
-    from moe_compose.calibration.sequence import merge_in_sequence
-    from moe_compose.errors import OptionError
-    from moe_compose.surgery.merge import check_merge_options
-
-    check_merge_options(original, options)
-    if not original.weight_files:
-        raise OptionError(
-            f"{original.label} is not on this disk, and merging in sequence runs it",
-            hint="Leave --dry-run out to download it, or give --stats.",
-        )
-    texts = read_domains(parse_domains(domains, []))
-    with out.counting("merging in sequence", "layers") as count:
-        plan = merge_in_sequence(original, texts, options, measure, progress=count)
-    told = {"tokens": measure.tokens, "seq_len": measure.seq_len, "sample": measure.sample}
-    named = [f"{name}={Path(file).name}" for name, _, file in (d.partition("=") for d in domains)]
-    return replace(plan, options={**plan.options, "domain": named, **told})
-
-
-def _by_statistics(original: Checkpoint, options: MergeOptions, folder: Path) -> Plan:
-    from moe_compose.calibration.merging import merge
-    from moe_compose.calibration.pruning import check_statistics
-    from moe_compose.calibration.stats import ExpertStats
-    from moe_compose.surgery.merge import check_merge_options
-
-    check_merge_options(original, options)
-    stats = ExpertStats.load(folder)
-    check_statistics(stats, original)
-    if not original.weight_files and options.align != "none":
-        out.hint(f"Only headers of {original.label} are here: neurons are not aligned in this run.")
-        options = replace(options, align="none")
-    with out.counting("aligning neurons", "layers") as count:
-        plan = merge(original, stats, options, progress=count)
-    return replace(plan, options={**plan.options, "stats": folder.name})

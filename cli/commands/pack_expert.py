@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_compose.composition.options import RoutingOptions
-
 from ..output import out
 from ..parameters import Json, Model, Output, Overwrite, Quiet
-from ._routing import DEVICE, TEXT_TOKENS, Device, TextTokens, texts_by_name
+from ._recipe import with_recipe
+from ._routing import DEVICE, TEXT_TOKENS, Device, TextTokens
+from ._steps import find, given_of
 
 if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
@@ -54,6 +54,7 @@ Text = Annotated[
 ]
 
 
+@with_recipe
 def pack_expert(
     source: Model,
     output: Output,
@@ -73,38 +74,27 @@ def pack_expert(
     The artifact holds its tensors, its router rows, statistics of its text if text is given, and a
     digest of the base, which add-expert --from and swap-expert --from check. It holds no text.
     """
-    out.configure(as_json=as_json, quiet=quiet)
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.composition.pack import pack_expert
-
     begun = time.monotonic()
-    texts = texts_by_name(data, "text").get("text")
-    model = Checkpoint.open(source)
-    with out.counting("measuring router inputs", "layers") as progress:
-        plan = pack_expert(
-            model,
-            expert,
-            base=None if base is None else Checkpoint.open(base),
-            name=name,
-            target=target,
-            texts=texts,
-            routing=RoutingOptions(tokens=text_tokens, device=device),
-            progress=progress,
-        )
-    found = _write(plan, output, overwrite)
-    out.result(found | {"seconds": round(time.monotonic() - begun, 3)}, str(output))
+    given = given_of(
+        "pack-expert",
+        expert=expert,
+        base=base,
+        name=name,
+        target=target,
+        data=data,
+        text_tokens=text_tokens,
+        device=device,
+        save=output,
+    )
+    plan = find("pack-expert", source, None, given, overwrite=overwrite)
+    out.result(_said(plan, output) | {"seconds": round(time.monotonic() - begun, 3)}, str(output))
 
 
-def _write(plan: Plan, output: Path, overwrite: bool) -> dict[str, object]:
-    """Write the artifact, and say what it is."""
-    from moe_compose.checkpoint import writer
+def _said(plan: Plan, output: Path) -> dict[str, object]:
+    """Say what the artifact is."""
     from moe_compose.composition.kept import STATS_PLACE
-    from moe_compose.reporting.documents import encode
     from moe_compose.reporting.units import bytes_text
 
-    documents = {name: encode(value) for name, value in plan.reports.items()}
-    with out.progress(f"writing {output.name}") as progress:
-        writer.write(plan, output, overwrite=overwrite, documents=documents, progress=progress)
     said = plan.reports["expert.json"]
     size = sum(t.nbytes for t in plan.tensors.values())
     stats = STATS_PLACE in plan.files

@@ -11,6 +11,8 @@ from moe_compose.calibration.quant_options import QuantPlanOptions
 
 from ..output import out
 from ..parameters import Json, Moe, Overwrite, Quiet, with_options
+from ._recipe import with_recipe
+from ._steps import find, given_of
 
 Stats = Annotated[
     Path, typer.Argument(metavar="STATS", help="What moe-compose calibrate measured on SOURCE.")
@@ -26,6 +28,7 @@ OutFolder = Annotated[
 ]
 
 
+@with_recipe
 @with_options(QuantPlanOptions)
 def quant_plan(
     source: Moe,
@@ -41,18 +44,12 @@ def quant_plan(
     The least sensitive experts get --bits-low, the others --bits-high. Nothing is quantised here;
     recipe.yaml says on top how to run it.
     """
-    out.configure(as_json=as_json, quiet=quiet)
-    from moe_compose.calibration.quantisation import plan_quantisation
-    from moe_compose.calibration.stats import ExpertStats
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.reporting.quant_recipe import RECIPE_NAME, write_quant_plan
+    from moe_compose.reporting.quant_recipe import RECIPE_NAME
 
     from ..quant_screen import quant_screen
 
-    checkpoint = Checkpoint.open(source, headers_only=True)
-    plan = plan_quantisation(checkpoint, ExpertStats.load(stats), options)
-    if out_folder is not None:
-        write_quant_plan(plan, out_folder, overwrite=overwrite)
+    given = given_of("quant-plan", stats=stats, out=out_folder)
+    plan = find("quant-plan", source, options, given, overwrite=overwrite, headers_only=True)
     out.show(quant_screen(plan))
     written = f"{out_folder / RECIPE_NAME}" if out_folder is not None else ""
     out.result(plan.to_json(), written or f"{plan.mean_bits:.3f}")

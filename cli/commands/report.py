@@ -9,6 +9,8 @@ import typer
 
 from ..output import out
 from ..parameters import Json, Model, Overwrite, Quiet
+from ._recipe import with_recipe
+from ._steps import find, given_of
 
 Page = Annotated[Path, typer.Argument(metavar="OUT.html", help="A new file.")]
 Stats = Annotated[
@@ -31,9 +33,10 @@ SweepFile = Annotated[
 ]
 
 
+@with_recipe
 def report(
     source: Model,
-    path: Page,
+    page: Page,
     stats: Stats = None,
     sweep: SweepFile = None,
     overwrite: Overwrite = False,
@@ -46,21 +49,7 @@ def report(
     merging.json, refit.json, routing_search.json, training.json. The page loads nothing from
     anywhere. Reads no weights.
     """
-    out.configure(as_json=as_json, quiet=quiet)
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.errors import CheckpointError
-    from moe_compose.reporting.report import write_report
-    from moe_compose.surgery.history import read_json
-
-    checkpoint = Checkpoint.open(source, headers_only=True)
-    found = None if sweep is None else read_json(sweep, sweep.parent.name)
-    if found is not None and not isinstance(found, dict):
-        raise CheckpointError(f"{sweep} is no sweep", hint="Give the file that sweep --out wrote.")
-    measured = None
-    if stats is not None:
-        from moe_compose.calibration.stats import ExpertStats
-
-        measured = ExpertStats.load(stats)
-    write_report(checkpoint, path, stats=measured, sweep=found, overwrite=overwrite)
-    out.result({"page": str(path)}, str(path))
-    out.hint(f"{path} opens in any browser.")
+    given = given_of("report", out=page, stats=stats, sweep=sweep)
+    find("report", source, None, given, overwrite=overwrite, headers_only=True)
+    out.result({"page": str(page)}, str(page))
+    out.hint(f"{page} opens in any browser.")

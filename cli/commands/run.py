@@ -14,7 +14,7 @@ from ..parameters import Json, Overwrite, Quiet, Resume
 
 if TYPE_CHECKING:
     from moe_compose.recipe.reading import Recipe
-    from moe_compose.recipe.running import Event, Written
+    from moe_compose.recipe.state import Written
 
 File = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)
@@ -31,7 +31,7 @@ Set = Annotated[
 Dry = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check the recipe, and show what it would do; nothing is run or written."
+        "--dry-run", help="Rehearse it: show every step and what it would make; write nothing."
     ),
 ]
 Schema = Annotated[
@@ -52,9 +52,10 @@ def run(
 ) -> None:
     """Carry out a recipe: operations chained in a YAML file.
 
-    Nothing is written between steps unless one says save. A step's assert holds its result to
-    figures on held-out text; where one does not hold, the run ends with exit code 1. Exit code 2:
-    a faulty recipe; 3: written, but not valid.
+    All of it is rehearsed first, on headers alone, so that what is wrong with the last step is said
+    before the first one takes long. Nothing is written between steps unless one says save. A step's
+    assert holds its result to figures on held-out text; where one does not hold, the run ends with
+    exit code 1. Exit code 2: a faulty recipe; 3: written, but not valid.
     """
     out.configure(as_json=as_json, quiet=quiet)
     from moe_compose.errors import OptionError
@@ -69,11 +70,11 @@ def run(
         raise OptionError("there is no recipe", hint="moe-compose run RECIPE.yaml")
     begun, found = time.monotonic(), read_recipe(recipe, change)
     if dry_run:
-        _show(found)
+        _show(found, resume, overwrite)
         return
     written = _run(found, resume, overwrite)
     document = {
-        "output": str(found.output),
+        "output": None if found.output is None else str(found.output),
         "seconds": round(time.monotonic() - begun, 3),
         "steps": [step.operation for step in found.steps],
         "written": [
@@ -81,63 +82,37 @@ def run(
                 "step": w.step,
                 "folder": str(w.folder),
                 "validation": w.report.to_json() if w.report else None,
+                **({"pushed": w.pushed} if w.pushed else {}),
             }
             for w in written
         ],
     }
-    out.result(document, str(found.output))
+    out.result(document, str(found.output or ""))
     if any(w.report is not None and not w.report.ok for w in written):
         raise typer.Exit(3)
 
 
-def _show(recipe: Recipe) -> None:
-    """What it would do."""
-    from dataclasses import asdict
+def _show(recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """What it would do, and make."""
+    from moe_compose.recipe.running import rehearse
 
-    from moe_compose.reporting.documents import plain
+    from ..recipe_screen import Rehearsed, recipe_screen
 
-    steps = [
-        {
-            "operation": s.operation,
-            "options": plain(asdict(s.options)),
-            "inputs": plain(dict(s.given)),
-            "assert": plain(dict(s.conditions)),
-        }
-        for s in recipe.steps
-    ]
-    for i, step in enumerate(steps):
-        out.text(f"{i}  {step['operation']}")
-        for name in ("inputs", "options", "assert"):
-            for key, value in step[name].items():
-                if value not in (None, [], {}):
-                    out.text(f"     {key}: {value}")
-    out.hint(f"Dry run: nothing was run or written. The result would be {recipe.output}.")
-    out.result({"dry_run": True, "steps": steps, "output": str(recipe.output)}, "")
+    watch = Rehearsed()
+    with out.waiting("rehearsing: headers only, nothing is measured"):
+        rehearse(recipe, resume=resume, overwrite=overwrite, watch=watch)
+    out.show(recipe_screen(recipe, watch.plans))
+    made = "" if recipe.output is None else f" The result would be {recipe.output}."
+    out.hint(f"Dry run: nothing was run or written.{made}")
+    out.result(watch.document(recipe), "")
 
 
 def _run(recipe: Recipe, resume: bool, overwrite: bool) -> list[Written]:
     from moe_compose.recipe.running import run_recipe
 
-    from ..plan_screen import plan_screen
-    from ..screens import report_screen
-
-    def tell(event: Event) -> None:
-        step = recipe.steps[event.step]
-        if event.plan is not None:
-            where = step.given.get("save") or (
-                recipe.output if event.step == len(recipe.steps) - 1 else "(next step)"
-            )
-            out.show(plan_screen(event.plan, str(where)))
-        elif event.measured:
-            out.show(f"✓ {event.measured}")
-        elif event.written is not None:
-            out.show(f"written: {event.written.folder}")
-            if event.written.report is not None:
-                out.show(report_screen(event.written.report))
-        else:
-            out.hint(f"step {event.step + 1} of {len(recipe.steps)}: {event.operation}")
+    from ..recipe_screen import Followed
 
     out.interrupted = "What was saved is kept: the same command with --resume continues."
-    found = run_recipe(recipe, resume=resume, overwrite=overwrite, tell=tell)
+    found = run_recipe(recipe, resume=resume, overwrite=overwrite, watch=Followed(recipe))
     out.interrupted = ""
     return found

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_compose.recipe.state import State
 from moe_compose.training.options import TrainOptions
 
 from ..output import out
 from ..parameters import Domains, Moe, Output, Texts, with_options
 from ..processes import joined, together
-from ._refit import read_words
+from ._steps import Shown, given_of
 from ._surgery import How, carry_out
 from ._writing import with_writing
 
 if TYPE_CHECKING:
-    from moe_compose.calibration.data import Domain
-    from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.surgery.plan import Plan
-    from moe_compose.training.loop import Progress
+    from moe_compose.checkpoint.source import TensorSource
+    from moe_compose.recipe.acts import Training
 
 Teacher = Annotated[
     str | None,
@@ -79,24 +77,32 @@ def train_router(
     Several devices: torchrun --nproc-per-node N -m moe_compose_cli train-router ... shares every
     step (pip install 'moe-compose[train]').
     """
+    from moe_compose.recipe.acts import Training, trained
+
     work = output.absolute().with_name(f"{output.name}.training")
+    given = given_of(
+        "train-router",
+        teacher=teacher,
+        domain=domains,
+        data=data,
+        eval_data=eval_data,
+        adapter_out=adapter_out,
+    )
+    state = State(dry=how.dry_run, resume=how.resume, watch=Shown(), folder=work)
     with joined() as first:
         if not first:
             out.configure(quiet=True)
         with together():  # what is wrong is said before torch is there
-            texts, held = _texts(domains, data), read_words(eval_data)
-            original, other = _open(source, teacher, how.dry_run)
-            if adapter_out is not None:
-                from moe_compose.training.setup import check_adapter_folder
-
-                check_adapter_folder(adapter_out, options)
+            job = Training.of(state, options, {"source": source, **given})
             if first and not how.dry_run:
-                _clear(original, output, work, how)
+                _clear(job.source, output, work, how)
         if how.dry_run:
             if first:
-                _show_intent(original, texts, held, options, other)
+                _show_intent(job, options)
             return
-        plan = _train(original, texts, held, options, other, work, how.resume, adapter_out)
+        out.interrupted = "States are kept: the same command with --resume continues."
+        plan = trained(state, options, job)
+        out.interrupted = ""
     if not first:
         return
     from ..training_screen import training_screen
@@ -107,24 +113,7 @@ def train_router(
     _tidy(work)
 
 
-def _texts(domains: list[str], data: list[str]) -> tuple[Domain, ...]:
-    from moe_compose.calibration.data import read_texts
-
-    return read_texts(*domains, *data)
-
-
-def _open(
-    source: str, teacher: str | None, headers_only: bool
-) -> tuple[Checkpoint, Checkpoint | None]:
-    from moe_compose.checkpoint.reader import Checkpoint
-
-    original = Checkpoint.open(source, headers_only=headers_only)
-    if teacher is None:
-        return original, None
-    return original, Checkpoint.open(teacher, headers_only=headers_only)
-
-
-def _clear(original: Checkpoint, output: Path, work: Path, how: How) -> None:
+def _clear(original: TensorSource, output: Path, work: Path, how: How) -> None:
     """Refuse a place that is taken before anything takes long; forget what shall not go on."""
     from moe_compose.reporting.publish import check_destination
 
@@ -135,51 +124,7 @@ def _clear(original: Checkpoint, output: Path, work: Path, how: How) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _train(
-    original: Checkpoint,
-    texts: Sequence[Domain],
-    held: Sequence[Domain] | None,
-    options: TrainOptions,
-    teacher: Checkpoint | None,
-    work: Path,
-    resume: bool,
-    adapter_out: Path | None,
-) -> Plan:
-    from moe_compose.training.train import train_router as run
-
-    from ..training_screen import evaluation_line
-
-    out.interrupted = "States are kept: the same command with --resume continues."
-    with out.counting(f"training {original.label}", "tokens") as count:
-
-        def tell(p: Progress) -> None:
-            if p.evaluated is not None:
-                out.hint(evaluation_line(p.evaluated, p.best))
-            elif count is not None:
-                count(p.tokens, p.total)
-
-        plan = run(
-            original,
-            texts,
-            options,
-            teacher=teacher,
-            held_out=held,
-            folder=work,
-            resume=resume,
-            adapter_out=adapter_out,
-            progress=tell,
-        )
-    out.interrupted = ""
-    return plan
-
-
-def _show_intent(
-    original: Checkpoint,
-    texts: Sequence[Domain],
-    held: Sequence[Domain] | None,
-    options: TrainOptions,
-    teacher: Checkpoint | None,
-) -> None:
+def _show_intent(job: Training, options: TrainOptions) -> None:
     """What would train, on what, and what it would take."""
     from dataclasses import asdict
 
@@ -187,8 +132,8 @@ def _show_intent(
 
     from ..training_screen import intent_screen
 
-    found = intent(original, texts, held, options, teacher)
-    out.show(intent_screen(original.label, found))
+    found = intent(job.source, job.texts, job.held, options, job.teacher)
+    out.show(intent_screen(job.source.label, found))
     out.hint("Dry run: nothing was trained or written.")
     out.result({"dry_run": True, **asdict(found)}, f"{found.trained}")
 

@@ -9,6 +9,7 @@ import typer
 from moe_compose.surgery.upcycle_options import UpcycleOptions
 
 from ..parameters import Output, with_options
+from ._steps import step
 from ._surgery import How, carry_out
 from ._writing import with_writing
 
@@ -26,6 +27,4 @@ def upcycle(source: Source, output: Output, options: UpcycleOptions, how: How) -
     What the result will be, and how exact, is shown first; then it is written, checked, and
     compared with its source on real text. Exit code 3: written, but not what was stated.
     """
-    from moe_compose.surgery.upcycle import upcycle
-
-    carry_out(source, output, how, lambda dense: upcycle(dense, options))
+    carry_out(source, output, how, step("upcycle", options, {}, how))

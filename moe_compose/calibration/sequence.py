@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from moe_compose.architectures import MoE
 from moe_compose.calibration import similarity
 from moe_compose.calibration.alignment import align
 from moe_compose.calibration.calls import experts_in
@@ -34,8 +33,8 @@ from moe_compose.checkpoint.source import FLOAT_DTYPES, Extent, TensorSource, co
 from moe_compose.runtime import Runner
 from moe_compose.runtime.lockstep import Call
 from moe_compose.runtime.single import filled
-from moe_compose.surgery.groups import ExpertGroups, Grouping
-from moe_compose.surgery.merge import check_merge_options, merge_grouped
+from moe_compose.surgery.groups import Grouping
+from moe_compose.surgery.merge import any_grouping, check_merge_options, merge_grouped
 from moe_compose.surgery.merge_options import MergeOptions
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.selection import moe_form
@@ -128,9 +127,7 @@ class _Sequence:
         self._chosen, self._folder, self._progress = chosen, folder, progress
         _, self._moe = moe_form(source)
         assert options.keep is not None
-        unknown = _placeholder(self._moe, options.keep)
-        self._layers = dict.fromkeys(self._moe.sparse_layers, unknown)
-        self._known = Grouping(method=options.method, layers=self._layers)
+        self._known = any_grouping(self._moe, options)
         self._measured: dict[int, LayerStats] = {}
         self._growing = _Growing(merge_grouped(source, self._known, options))
         self._dtype = _dtype(source, chosen)
@@ -213,17 +210,6 @@ class _Sequence:
             device=self._original.device.type,
             sample=self._subject.sampled,
         )
-
-
-def _placeholder(moe: MoE, keep: int) -> ExpertGroups:
-    """Any groups that the router allows, until the real ones are known."""
-    routers = moe.routing.groups if moe.routing.grouped else 1
-    size, each, groups = moe.num_experts // routers, keep // routers, []
-    for first in range(0, moe.num_experts, size):
-        alone = [[e] for e in range(first, first + each)]
-        alone[0] += range(first + each, first + size)
-        groups += alone
-    return ExpertGroups.of(groups, [1.0] * moe.num_experts)
 
 
 def _dtype(source: TensorSource, chosen: CalibrateOptions) -> str:

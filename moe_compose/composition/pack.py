@@ -80,6 +80,21 @@ def pack_expert(
     return with_stats(plan, stats.select([before]).renamed(before, called or before))
 
 
+def pack_unmeasured(
+    source: TensorSource,
+    expert: str | int | None = None,
+    *,
+    base: TensorSource | None = None,
+    name: str | None = None,
+    target: str | None = None,
+) -> Plan:
+    """`pack_expert` without the digest of the shared tensors and without statistics: reads no
+    weights.
+    """
+    model, index, called = _model(source, expert, base, name, target)
+    return plan_pack(model, index, {"name": called, "of": source.label})
+
+
 def _model(
     source: TensorSource,
     expert: str | int | None,

@@ -1,70 +1,40 @@
-"""What the steps of a recipe do: each takes where the recipe stands, its options, and what else is
-given, and returns a plan, or leaves statistics.
+"""What the steps of a recipe that make a model do: each takes where the recipe stands, its options,
+and what else is given, and returns a plan. The commands do the same, through the same functions.
+
+In a dry run (`state.dry`) a plan has the names, shapes and options of the real one; what depends on
+text stands for what will be measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_compose.calibration.data import read_texts
+from moe_compose.calibration.data import parse_domains, read_domains, read_texts
 from moe_compose.errors import OptionError
 from moe_compose.recipe.inputs import by_name
+from moe_compose.recipe.state import State
+from moe_compose.surgery.unchanged import LATER, unchanged
 
 if TYPE_CHECKING:
-    from moe_compose.calibration.stats import ExpertStats
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from moe_compose.calibration.data import Domain
     from moe_compose.checkpoint.source import TensorSource
+    from moe_compose.composition.options import RoutingOptions
+    from moe_compose.surgery.compose_options import ComposeOptions
     from moe_compose.surgery.donors import Donor
     from moe_compose.surgery.plan import Plan
+    from moe_compose.training.options import TrainOptions
 
+#: Carries a step out: where the recipe stands, options, what else is given → a plan, or a finding.
+Act = Callable[[State, Any, Mapping[str, Any]], Any]
 
-@dataclass
-class State:
-    """Where a recipe stands.
-
-    Attributes:
-        model: the last result.
-        before: what the last operation started from.
-        stats: of the last calibration.
-        work: a folder for what steps leave for later ones.
-        resume: go on with what an interrupted run left.
-    """
-
-    work: Path
-    resume: bool = False
-    model: TensorSource | None = None
-    before: TensorSource | None = None
-    stats: ExpertStats | None = None
-    opened: dict[str, TensorSource] = field(default_factory=dict)
-
-    def open(self, name: str) -> TensorSource:
-        """A checkpoint by its path or name, opened once."""
-        from moe_compose.checkpoint.reader import Checkpoint
-
-        if name not in self.opened:
-            self.opened[name] = Checkpoint.open(name)
-        return self.opened[name]
-
-    def source(self, given: Mapping[str, Any]) -> TensorSource:
-        """What a step starts from: its own source, or the last result."""
-        if "source" in given:
-            return self.open(given["source"])
-        if self.model is None:
-            raise OptionError("the first step needs a source (source: FOLDER)")
-        return self.model
-
-    def donor(self, text: str) -> Donor:
-        """Where an expert comes from."""
-        from moe_compose.surgery.donors import Donor
-
-        return Donor.parse(text, self.open)
-
-
-#: Carries a step out: where the recipe stands, options, what else is given → a plan, or None.
-Act = Callable[[State, Any, Mapping[str, Any]], "Plan | None"]
+_DRY = "Dry run: nothing is measured on text; names and sizes are the same."
 
 
 def plain(path: str) -> Act:
@@ -79,106 +49,230 @@ def plain(path: str) -> Act:
     return act
 
 
-def _routing(given: Mapping[str, Any], **more: Any) -> Any:
+def routing(given: Mapping[str, Any], **more: Any) -> RoutingOptions:
+    """How router rows follow from text."""
     from moe_compose.composition.options import RoutingOptions
 
     names = {"text_tokens": "tokens"} | {n: n for n in ("row_scale", "tolerance", "device")}
     found = {field: given[name] for name, field in names.items() if name in given}
-    return RoutingOptions(**found, **more)
+    return RoutingOptions(**more | found)
 
 
-def compose_models(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
+def compose_models(state: State, options: ComposeOptions, given: Mapping[str, Any]) -> Plan:
+    """Models become the experts of one."""
     from moe_compose.composition.compose import compose
 
-    donors = {}
-    for word in given["expert"]:
+    texts: dict[str, Any] = dict(by_name(given.get("data", ())))
+    scale: dict[str, Any] = {}
+    if "from_mergekit" in given:
+        origin, words, options, prompts = _of_mergekit(given, options)
+        if prompts and not texts:
+            scale = {"row_scale": 1.0}  # prompts are too short to hold some of them out
+        texts = {**prompts, **texts}
+    else:
+        origin, words = _base_of(given), given["expert"]
+    how = routing(given, seed=options.seed, **scale)
+    base, donors = state.open(origin), _donors(state, words)
+    if state.dry:
+        if texts:
+            state.watch.remark(_DRY)
+        return _unmeasured(base, donors, options, text=bool(texts))
+    embeddings = _embeddings(given["embeddings"]) if "embeddings" in given else {}
+    with state.layers("measuring router inputs") as count:
+        return compose(
+            base, donors, options, texts, routing=how, embeddings=embeddings, progress=count
+        )
+
+
+def origin_of(options: ComposeOptions, given: Mapping[str, Any]) -> str:
+    """The base that a composition starts from, as it is called."""
+    return _of_mergekit(given, options)[0] if "from_mergekit" in given else _base_of(given)
+
+
+def _base_of(given: Mapping[str, Any]) -> str:
+    needed = {"base": "MODEL", "expert": "NAME=MODEL"}
+    missing = [f"--{name} {what}" for name, what in needed.items() if name not in given]
+    if missing:
+        raise OptionError(
+            f"nothing says what is composed: {' and '.join(missing)} must be given",
+            hint="A config of mergekit-moe does as well: --from-mergekit FILE.",
+        )
+    return str(given["base"])
+
+
+def _of_mergekit(
+    given: Mapping[str, Any], options: ComposeOptions
+) -> tuple[str, tuple[str, ...], ComposeOptions, Mapping[str, Any]]:
+    """Base, experts, options and prompts of a config; options that were given win over its own."""
+    from moe_compose.surgery.mergekit import read_mergekit
+
+    path = given["from_mergekit"]
+    if "base" in given or "expert" in given:
+        raise OptionError("--from-mergekit says what is composed: leave out --base and --expert")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as e:
+        raise OptionError(f"cannot read --from-mergekit {path}: {e}") from e
+    config, usual = read_mergekit(text, path.name), type(options)()
+    asked = {f.name: getattr(options, f.name) for f in fields(options)}
+    changed = {n: v for n, v in asked.items() if v != getattr(usual, n)}
+    words = tuple(f"{name}={model}" for name, model in config.experts.items())
+    return config.base, words, replace(config.options, **changed), config.texts
+
+
+def _donors(state: State, words: tuple[str, ...]) -> dict[str, Donor]:
+    """`NAME=MODEL` as name → donor, opened; all that is wrong at once."""
+    found: dict[str, Donor] = {}
+    problems = []
+    for word in words:
         name, _, model = word.partition("=")
-        donors[name] = state.donor(model)
-    texts = by_name(given.get("data", ()))
-    routing = _routing(given, seed=options.seed)
-    return compose(state.open(given["base"]), donors, options, texts, routing=routing)
+        if not name or not model:
+            problems.append(f"--expert {word}: it must be NAME=MODEL, such as math=models/math")
+        elif name in found:
+            problems.append(f"--expert {word}: there is a {name!r} already")
+        else:
+            found[name] = state.donor(model)
+    if problems:
+        raise OptionError("these are no experts", problems=problems)
+    return found
+
+
+def _unmeasured(
+    base: TensorSource, donors: Mapping[str, Donor], options: ComposeOptions, *, text: bool
+) -> Plan:
+    """The plan with rows of zeros: names and sizes are the same."""
+    from moe_compose.surgery.compose import plan_composition
+    from moe_compose.surgery.members import all_pairs
+
+    settled = options.settled(text=text, pairs=all_pairs(list(donors.values())))
+    if settled.shared == "best":
+        settled = replace(settled, shared="mean")
+    return plan_composition(base, donors, settled)
+
+
+def _embeddings(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as e:
+        raise OptionError(f"--embeddings ({path}) is no safetensors file: {e}") from e
+
+
+def texts_of(given: Mapping[str, Any]) -> tuple[Domain, ...]:
+    """Text by domain, or of none, read.
+
+    Raises:
+        OptionError: there is none, or text that cannot be used.
+    """
+    data = given.get("data", ())
+    named = [*given.get("domain", ()), *(word for word in data if "=" in word)]
+    return read_domains(parse_domains(named, [word for word in data if "=" not in word]))
 
 
 def add(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
-    from moe_compose.composition.change import add_expert
+    """One more expert."""
+    from moe_compose.composition import change
+    from moe_compose.surgery import add_expert as unmeasured
     from moe_compose.surgery.selection import moe_form
 
-    source = state.source(given)
+    source, donor = state.source(given), state.donor(given["from"])
     name = options.name or str(moe_form(source)[1].num_experts)
-    texts = by_name(given.get("data", ()), name)
-    return add_expert(source, state.donor(given["from"]), options, texts, routing=_routing(given))
+    texts, how = by_name(given.get("data", ()), name), routing(given)
+    if state.dry:
+        if texts:
+            state.watch.remark(_DRY)
+        return unmeasured.add_expert(source, donor, options)
+    with state.layers("measuring router inputs") as count:
+        return change.add_expert(source, donor, options, texts, routing=how, progress=count)
 
 
 def swap(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
-    from moe_compose.composition.change import swap_expert
+    """Another expert in the place of one."""
+    from moe_compose.composition import change
+    from moe_compose.surgery import swap_expert as unmeasured
+    from moe_compose.surgery.expert_names import index_of, names_of
+    from moe_compose.surgery.selection import moe_form
 
-    texts = by_name(given.get("data", ()), options.name or options.expert)
-    donor = state.donor(given["from"])
-    return swap_expert(state.source(given), donor, options, texts, routing=_routing(given))
-
-
-def measure(state: State, options: Any, given: Mapping[str, Any]) -> None:
-    from moe_compose.calibration.calibrate import calibrate
-
-    place = Path(given.get("save", state.work / f"stats{len(list(state.work.iterdir()))}"))
-    texts = read_texts(*given.get("domain", ()), *given.get("data", ()))
-    source = state.source(given)
-    state.stats = calibrate(source, texts, options, output=place, resume=state.resume)
-    state.model = source
-
-
-def _stats(state: State, given: Mapping[str, Any]) -> ExpertStats | None:
-    from moe_compose.calibration.stats import ExpertStats
-
-    return ExpertStats.load(given["stats"]) if "stats" in given else state.stats
+    source, donor = state.source(given), state.donor(given["from"])
+    count = moe_form(source)[1].num_experts
+    at = index_of(source.config, count, options.expert)
+    name = options.name or names_of(source.config, count)[at] or str(at)
+    texts, how = by_name(given.get("data", ()), name), routing(given)
+    if state.dry:
+        if texts:
+            state.watch.remark(_DRY)
+        return unmeasured.swap_expert(source, donor, options)
+    with state.layers("measuring router inputs") as progress:
+        return change.swap_expert(source, donor, options, texts, routing=how, progress=progress)
 
 
-def prune_experts(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
-    from moe_compose.calibration.pruning import prune
-    from moe_compose.surgery.prune_options import WITHOUT_STATS
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What trains, and on what.
 
-    source = state.source(given)
-    if options.criterion == "aimer":
-        from moe_compose.calibration.aimer import rank_by_weights
+    Attributes:
+        source: the model.
+        texts, held: text to train on, and held-out text; None: a part is split off.
+        teacher: what it is to be like, if anything.
+        adapter_out: a folder for adapters, if they are to be kept.
+    """
 
-        return prune(source, rank_by_weights(source), options)
-    stats = None if options.criterion in WITHOUT_STATS else _stats(state, given)
-    return prune(source, stats, options)
+    source: TensorSource
+    texts: tuple[Domain, ...]
+    held: tuple[Domain, ...] | None
+    teacher: TensorSource | None
+    adapter_out: Path | None
 
+    @classmethod
+    def of(cls, state: State, options: TrainOptions, given: Mapping[str, Any]) -> Training:
+        """Everything opened and read; what is wrong is said before torch is there."""
+        texts = texts_of(given)
+        held = read_texts(*given["eval_data"]) if "eval_data" in given else None
+        source, adapter_out = state.source(given), given.get("adapter_out")
+        teacher = state.open(given["teacher"]) if "teacher" in given else None
+        if teacher is None and options.objective in ("distill", "layer"):
+            teacher = state.before
+        if adapter_out is not None:
+            from moe_compose.training.setup import check_adapter_folder
 
-def merge_experts(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
-    from moe_compose.calibration.merging import merge
-    from moe_compose.calibration.sequence import merge_in_sequence
-
-    source = state.source(given)
-    if "domain" in given:
-        return merge_in_sequence(source, read_texts(*given["domain"]), options)
-    stats = _stats(state, given)
-    if stats is None:
-        raise OptionError(
-            "merge needs statistics with similarities: a calibrate step with similarity: true "
-            "before it, stats: FOLDER, or domain: {NAME: FILE}"
-        )
-    return merge(source, stats, options)
-
-
-def refit_plan(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
-    from moe_compose.recovery.refit import refit
-    from moe_compose.surgery.plan import Plan
-
-    if not isinstance(state.model, Plan) or state.before is None:
-        raise OptionError("refit follows a step that prunes or merges, with nothing saved between")
-    texts = read_texts(*given.get("domain", ()), *given.get("data", ()))
-    return refit(state.model, state.before, texts, options)
+            check_adapter_folder(adapter_out, options)
+        return cls(source, texts, held, teacher, adapter_out)
 
 
-def train(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
+def train(state: State, options: TrainOptions, given: Mapping[str, Any]) -> Plan:
+    """Routers, alone or with more, trained."""
+    job = Training.of(state, options, given)
+    if not state.dry:
+        return trained(state, options, job)
+    from moe_compose.surgery.selection import moe_form
+    from moe_compose.training.setup import check_meant
+
+    check_meant(job.source, moe_form(job.source)[1], options, job.teacher)
+    return unchanged(job.source, "train-router", LATER)
+
+
+def trained(state: State, options: TrainOptions, job: Training) -> Plan:
+    """Carry a training out."""
     from moe_compose.training.train import train_router
 
-    source = state.source(given)
-    teacher = state.open(given["teacher"]) if "teacher" in given else None
-    if teacher is None and options.objective in ("distill", "layer"):
-        teacher = state.before
-    held = read_texts(*given["eval_data"]) if "eval_data" in given else None
-    texts = read_texts(*given.get("domain", ()), *given.get("data", ()))
-    return train_router(source, texts, options, teacher=teacher, held_out=held)
+    with state.watch.counting(f"training {job.source.label}", "tokens") as count:
+
+        def tell(p: Any) -> None:
+            if p.evaluated is not None:
+                state.watch.remark(f"{p.evaluated}{' (best so far)' if p.best else ''}")
+            elif count is not None:
+                count(p.tokens, p.total)
+
+        return train_router(
+            job.source,
+            job.texts,
+            options,
+            teacher=job.teacher,
+            held_out=job.held,
+            folder=state.folder,
+            resume=state.resume,
+            adapter_out=job.adapter_out,
+            progress=tell,
+        )

@@ -14,28 +14,33 @@ output: out/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from moe_compose.errors import MoeComposeError, OptionError
 from moe_compose.recipe.inputs import Input
-from moe_compose.recipe.steps import STEPS, Step, inputs_of
-from moe_compose.recipe.values import converted, hints_of, names_of, required
+from moe_compose.recipe.steps import STEPS, Step
+from moe_compose.recipe.values import converted, hints_of, required
 from moe_compose.surgery.yaml_lines import Entry, read_yaml
 
 #: What a recipe has beside its steps.
 TOP: Mapping[str, Input] = {
-    "output": Input("folder", "Where the last result is written.", required=True),
+    "output": Input("save", "Where the last result is written."),
     "validate": Input("flag", "Check every result that is written."),
-    "shard_size": Input("whole", "Largest file of weights, in bytes."),
+    "data": Input("file", "Text that results are compared with their source on."),
+    "shard_size": Input("bytes", "Largest file of weights: 5GB, 500MB, or bytes."),
+    "push_to_hub": Input("text", "ORG/NAME: upload the last result, if it is valid."),
+    "private": Input("flag", "Of a repository that is made: private."),
 }
 
 #: What a condition may demand.
 CONDITIONS: Mapping[str, Input] = {
-    "max_kl": Input("number", "Largest mean KL to what the step started from, nats per token."),
+    "max_kl": Input("number", "Largest mean KL to a reference, nats per token."),
+    "min_top1": Input("number", "Least share of tokens whose likeliest next is the reference's."),
     "max_loss": Input("number", "Largest held-out loss, nats per token."),
+    "against": Input("model", "The reference; by default what the step started from."),
     "data": Input("texts", "Held-out text.", required=True),
     "tokens": Input("whole", "Tokens of it."),
 }
@@ -51,6 +56,7 @@ class RecipeStep:
         options: an instance of its options dataclass.
         given: what it reads beside them.
         conditions: what must hold of its result; empty: nothing.
+        lines: key → where that stands.
     """
 
     place: str
@@ -58,6 +64,7 @@ class RecipeStep:
     options: Any
     given: Mapping[str, Any]
     conditions: Mapping[str, Any]
+    lines: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def step(self) -> Step:
@@ -71,15 +78,27 @@ class Recipe:
 
     Attributes:
         steps: what is done.
-        output: folder of the last result.
+        output: folder of the last result; None: no step makes a model.
         validate: every result that is written is checked.
+        data: text that results are compared on; None: the bundled sample.
         shard_size: bytes of a file of weights; None: as usual.
+        push_to_hub: where the last result is uploaded to, if anywhere.
+        private: whether a repository that is made is private.
     """
 
     steps: tuple[RecipeStep, ...]
-    output: Path
+    output: Path | None
     validate: bool = True
+    data: Path | None = None
     shard_size: int | None = None
+    push_to_hub: str | None = None
+    private: bool = False
+
+    @property
+    def last(self) -> int:
+        """The last step that makes a model; -1: none does."""
+        making = [i for i, step in enumerate(self.steps) if step.step.makes == "plan"]
+        return making[-1] if making else -1
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -181,9 +200,12 @@ class _Reader:
             self._say(listed.line, "steps", "must be a list of steps")
             return None
         steps = [self._step(e, f"steps.{i}", i) for i, e in enumerate(listed.value)]
-        if self.problems:
-            return None
-        return Recipe(steps=tuple(s for s in steps if s is not None), **top)
+        found = Recipe(steps=tuple(s for s in steps if s), **{"output": None, **top})
+        if None not in steps and found.last >= 0 and found.output is None:
+            self._say(root.line or 1, "output", f"is missing: {TOP['output'].help}")
+        if None not in steps and found.last < 0 and found.output is not None:
+            self._say(root.value["output"].line, "output", "no step makes a model to write there")
+        return None if self.problems else found
 
     def _inputs(
         self, entry: Entry, place: str, known: Mapping[str, Input]
@@ -208,23 +230,27 @@ class _Reader:
         if named.value not in STEPS:
             self._say(named.line, f"{place}.operation", self._which(named.value))
             return None
-        step, inputs = STEPS[named.value], inputs_of(STEPS[named.value])
-        cls = step.options_class
-        own = names_of(cls) if cls is not None else ()
-        known = [*own, *inputs, "assert"]
+        step = STEPS[named.value]
+        inputs = step.inputs
+        known = [*(f.name for f in step.fields), *inputs]
+        known += ["assert"] if step.makes == "plan" else []
         for name, value in entry.value.items():
             if name != "operation" and name not in known:
                 self._unknown(value.line, f"{place}.{name}", name, known)
         given = dict(self._inputs(entry, place, inputs))
-        if index == 0 and "source" not in given and "base" not in inputs:
+        if index == 0 and "source" not in given and "source" in inputs:
             self._say(entry.line, f"{place}.source", "is missing: the first step needs one")
-        options = self._options(entry, place, cls)
+        options = self._options(entry, place, step)
         return RecipeStep(
             place=f"{self._where}:{entry.line}  {place}",
             operation=str(named.value),
             options=options,
             given=given,
-            conditions=self._conditions(entry, place, step),
+            conditions=self._conditions(entry, place),
+            lines={
+                name: f"{self._where}:{value.line}  {place}.{name}" if value.line else place
+                for name, value in entry.value.items()
+            },
         )
 
     def _which(self, name: Any) -> str:
@@ -232,11 +258,12 @@ class _Reader:
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(STEPS)}"
         return f"{'is missing' if name is None else f'unknown operation {name!r}'}; {hint}"
 
-    def _options(self, entry: Entry, place: str, cls: type | None) -> Any:
+    def _options(self, entry: Entry, place: str, step: Step) -> Any:
+        cls = step.options_class
         if cls is None:
             return None
         values, hints, before = {}, hints_of(cls), len(self.problems)
-        for f in fields(cls):
+        for f in step.fields:
             found = entry.value.get(f.name)
             if found is None:
                 if required(f):
@@ -255,13 +282,13 @@ class _Reader:
                 self._say(entry.line, place, problem)
             return None
 
-    def _conditions(self, entry: Entry, place: str, step: Step) -> dict[str, Any]:
+    def _conditions(self, entry: Entry, place: str) -> dict[str, Any]:
         found = entry.value.get("assert")
         if found is None:
             return {}
         here = f"{place}.assert"
-        if step.makes != "plan" or not isinstance(found.value, dict):
-            self._say(found.line, here, "must be conditions of a step that makes a model")
+        if not isinstance(found.value, dict):
+            self._say(found.line, here, "must be a mapping, such as {max_kl: 0.05, data: FILE}")
             return {}
         for name, value in found.value.items():
             if name not in CONDITIONS:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from moe_compose.recipe.inputs import Input
 from moe_compose.recipe.reading import CONDITIONS, TOP
-from moe_compose.recipe.steps import STEPS, Step, inputs_of
+from moe_compose.recipe.steps import STEPS, Step
 from moe_compose.recipe.values import attribute_docs, hints_of, kinds_of, required
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 _KINDS = {
-    "model": "string",
-    "folder": "string",
-    "text": "string",
+    **dict.fromkeys(("model", "donor", "stats", "file", "out", "save", "text"), "string"),
     "whole": "integer",
     "number": "number",
+    "flag": "boolean",
+    "bytes": ["integer", "string"],
 }
 
 
@@ -27,7 +26,7 @@ def schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "moe-compose recipe",
         "type": "object",
-        "required": ["steps", *(n for n, i in TOP.items() if i.required)],
+        "required": ["steps"],
         "additionalProperties": False,
         "properties": {
             **{name: _input(i) for name, i in TOP.items()},
@@ -42,11 +41,10 @@ def schema() -> dict[str, Any]:
 
 def _step(name: str, step: Step) -> dict[str, Any]:
     cls = step.options_class
-    assert cls is not None
-    docs, hints = attribute_docs(cls), hints_of(cls)
-    own = {f.name: {"description": docs[f.name], **_type(hints[f.name])} for f in fields(cls)}
-    needed = [f.name for f in fields(cls) if required(f)]
-    needed += [n for n, i in inputs_of(step).items() if i.required]
+    docs, hints = (attribute_docs(cls), hints_of(cls)) if cls is not None else ({}, {})
+    own = {f.name: {"description": docs[f.name], **_type(hints[f.name])} for f in step.fields}
+    needed = [f.name for f in step.fields if required(f)]
+    needed += [n for n, i in step.inputs.items() if i.required]
     conditions = {
         "type": "object",
         "additionalProperties": False,
@@ -62,7 +60,7 @@ def _step(name: str, step: Step) -> dict[str, Any]:
         "properties": {
             "operation": {"const": name},
             **own,
-            **{n: _input(i) for n, i in inputs_of(step).items()},
+            **{n: _input(i) for n, i in step.inputs.items()},
             **({"assert": conditions} if step.makes == "plan" else {}),
         },
     }
@@ -70,8 +68,6 @@ def _step(name: str, step: Step) -> dict[str, Any]:
 
 def _input(found: Input) -> dict[str, Any]:
     said: dict[str, Any] = {"description": found.help}
-    if found.kind == "flag":
-        return {**said, "type": "boolean"}
     if found.kind in _KINDS:
         return {**said, "type": _KINDS[found.kind]}
     several = {"type": "array", "items": {"type": "string"}}

@@ -6,10 +6,13 @@ import inspect
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+#: Numbers that YAML 1.1 takes for texts.
+_POWER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 @cache
@@ -40,11 +43,6 @@ def attribute_docs(cls: type) -> dict[str, str]:
 def required(field: Field[Any]) -> bool:
     """Whether it must be given."""
     return field.default is MISSING and field.default_factory is MISSING
-
-
-def names_of(cls: type) -> tuple[str, ...]:
-    """The fields, in order."""
-    return tuple(f.name for f in fields(cls))
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -85,10 +83,12 @@ def _as(value: Any, kind: Any) -> Any:
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
+        if isinstance(value, str) and _POWER.fullmatch(value):
+            return float(value)
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    elif kind in (str, Path) and type(value) in (str, int, float):
+    elif kind in (str, Path) and (type(value) in (str, int, float) or isinstance(value, Path)):
         return kind(value)
     raise ValueError(described(kind))
 

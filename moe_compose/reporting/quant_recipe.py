@@ -84,6 +84,18 @@ def _target(stem: str, layer: LayerBits, bits: int) -> list[str]:
     return [rf"re:.*\b{word}\.{layer.layer}\..*\bexperts\.{which}\.\w+$"]
 
 
+def check_quant_folder(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Whether both files may be written there; asked before anything takes long.
+
+    Raises:
+        WriteError: one of them is there.
+    """
+    folder = Path(folder).expanduser()
+    there = [n for n in (PLAN_NAME, RECIPE_NAME) if (folder / n).exists()]
+    if there and not overwrite:
+        raise WriteError(f"{folder}/ has a {there[0]} already", hint="Replace it with --overwrite.")
+
+
 def write_quant_plan(plan: QuantPlan, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write both files into a folder; returns it.
 
@@ -96,9 +108,7 @@ def write_quant_plan(plan: QuantPlan, folder: str | Path, *, overwrite: bool = F
         WriteError: one of them is there, or they cannot be written.
     """
     folder = Path(folder).expanduser()
-    there = [n for n in (PLAN_NAME, RECIPE_NAME) if (folder / n).exists()]
-    if there and not overwrite:
-        raise WriteError(f"{folder}/ has a {there[0]} already", hint="Replace it with --overwrite.")
+    check_quant_folder(folder, overwrite=overwrite)
     write_file(folder / PLAN_NAME, encode(plan.to_json()))
     write_file(folder / RECIPE_NAME, recipe_of(plan).encode())
     return folder

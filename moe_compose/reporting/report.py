@@ -72,6 +72,17 @@ def html_report(
     return page(f"{found.checkpoint}: moe-compose report", *parts)
 
 
+def check_page(path: Path) -> Path:
+    """A file's path, if a page may have that name.
+
+    Raises:
+        OptionError: it does not end in `.html`.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise OptionError(f"the page ({path.name}) must end in .html")
+    return path
+
+
 def write_report(
     source: TensorSource,
     path: str | Path,
@@ -87,9 +98,7 @@ def write_report(
         CheckpointError: as `html_report`.
         WriteError: it is there, or cannot be written.
     """
-    path = Path(path).expanduser()
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise OptionError(f"the page ({path.name}) must end in .html")
+    path = check_page(Path(path).expanduser())
     if path.exists() and not overwrite:
         raise WriteError(f"{path} is there already", hint="Replace it with --overwrite.")
     write_file(path, html_report(source, stats=stats, sweep=sweep).encode())

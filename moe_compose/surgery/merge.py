@@ -99,6 +99,29 @@ def merge_grouped(source: TensorSource, grouping: Grouping, options: MergeOption
     return plan.check()
 
 
+def any_grouping(moe: MoE, options: MergeOptions) -> Grouping:
+    """Groups of the right number that the router allows, until the real ones are known."""
+    assert options.keep is not None
+    routers = moe.routing.groups if moe.routing.grouped else 1
+    size, each, groups = moe.num_experts // routers, options.keep // routers, []
+    for first in range(0, moe.num_experts, size):
+        alone = [[e] for e in range(first, first + each)]
+        alone[0] += range(first + each, first + size)
+        groups += alone
+    found = ExpertGroups.of(groups, [1.0] * moe.num_experts)
+    return Grouping(method=options.method, layers=dict.fromkeys(moe.sparse_layers, found))
+
+
+def merge_unmeasured(source: TensorSource, options: MergeOptions) -> Plan:
+    """The plan as far as it is known before anything is measured: its names and shapes.
+
+    Raises:
+        OptionError, UnsupportedError: as `merge_grouped`.
+    """
+    check_merge_options(source, options)
+    return merge_grouped(source, any_grouping(moe_form(source)[1], options), options)
+
+
 class _Merging:
     """From the selection of the representatives to the means of their groups."""
 

@@ -11,7 +11,6 @@ from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.recovery.options import RefitOptions
-from moe_compose.surgery.plan import Plan, Preservation
 from moe_compose.surgery.prune_options import (
     WITHOUT_STATS,
     PruneOptions,
@@ -19,6 +18,7 @@ from moe_compose.surgery.prune_options import (
     option_problems,
 )
 from moe_compose.surgery.selection import moe_form
+from moe_compose.surgery.unchanged import unchanged
 from moe_compose.tradeoff.measure import Bench, allowed_counts, bench
 from moe_compose.tradeoff.options import BASELINE, SweepOptions
 from moe_compose.tradeoff.result import Candidate, Sweep, knee, smallest_within
@@ -82,7 +82,7 @@ def sweep(
         if progress is not None:
             progress(number, len(asked))
     candidates.sort(key=lambda c: (-c.keep, c.kl))
-    whole = _whole(source).summary()
+    whole = unchanged(source).summary()
     return Sweep(
         source=source.label,
         experts=table.moe.num_experts,
@@ -177,18 +177,3 @@ def _check(
     ]
     if problems:
         raise OptionError("this sweep cannot be meant", problems=list(dict.fromkeys(problems)))
-
-
-def _whole(source: TensorSource) -> Plan:
-    """The source as a plan, to be summed up."""
-    from moe_compose.surgery.plan import OutputTensor
-    from moe_compose.surgery.transforms import Read
-
-    return Plan(
-        operation="copy",
-        options={},
-        config=source.config,
-        outputs=tuple(OutputTensor(n, Read("source", t)) for n, t in source.tensors.items()),
-        sources={"source": source},
-        preservation=Preservation("exact", "nothing is done"),
-    )

@@ -62,6 +62,15 @@ class Evaluated:
     domains: Mapping[str, float]
     layers: Mapping[int, Spread]
 
+    def __str__(self) -> str:
+        said = [
+            f"step {self.step}: held-out loss {self.loss:.4f}",
+            f"entropy of the load {self.entropy:.3f}",
+            f"dead experts {self.dead}",
+            f"largest load {self.max_violation + 1:.2f} × the mean",
+        ]
+        return ", ".join(said)
+
     @property
     def dead(self) -> int:
         """Experts without tokens, of all layers."""

@@ -61,6 +61,6 @@ def test_a_file_that_is_there_stays(command, text, tmp_path):
     words = ("evaluate", STORIES, "--data", text, *SMALL, "--out", tmp_path / "figures.json")
     assert command(*words).code == 0
     ran = command(*words)
-    assert ran.code == 2 and "--overwrite" in ran.err
+    assert ran.code == 1 and "--overwrite" in ran.err
     assert command(*words, "--overwrite").code == 0
     assert "is a folder" in command("evaluate", STORIES, "--data", text, "--out", tmp_path).err

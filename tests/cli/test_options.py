@@ -12,7 +12,7 @@ import pytest
 import typer
 from moe_compose_cli.commands import upcycle as module
 from moe_compose_cli.main import app
-from moe_compose_cli.parameters import attribute_docs, flag_of, parse_bytes, with_options
+from moe_compose_cli.parameters import attribute_docs, flag_of, size_in_bytes, with_options
 from typer.main import get_command
 
 from moe_compose.surgery.upcycle_options import UpcycleOptions
@@ -97,10 +97,10 @@ def test_allow_may_be_repeated_and_method_is_checked() -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert size_in_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "5GiB", "GB", "1e9", "0.1B", "5 5"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="no size in bytes"):
-        parse_bytes(text)
+        size_in_bytes(text)

@@ -6,11 +6,14 @@ pytest tests/cli/test_run.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+STORIES = Path(__file__).parents[2] / "examples/models/stories260K"
 
 RECIPE = """\
 steps:
@@ -52,7 +55,7 @@ def test_for_programs(command: Any, recipe: Path, tmp_path: Path) -> None:
 def test_dry_run_and_quiet(command: Any, recipe: Path, tmp_path: Path) -> None:
     ran = command("run", recipe, "--dry-run")
     assert ran.code == 0
-    assert "num_experts: 4" in ran.out
+    assert re.search(r"num_experts +4\s", ran.out) and "→" in ran.out
     assert not (tmp_path / "out").exists()
     assert command("run", recipe, "--quiet").out == f"{tmp_path / 'out'}\n"
     again = command("run", recipe)
@@ -104,10 +107,54 @@ def test_a_saved_recipe_does_the_same(
     assert (out / "model.safetensors").read_bytes() == before
 
 
-def test_what_recipes_cannot_say(command: Any, dense: Path, tmp_path: Path) -> None:
+def test_flags_beside_the_step_are_saved(command: Any, dense: Path, tmp_path: Path) -> None:
+    """Where and how a result is written, and a flag that turns something off."""
+    file, text = tmp_path / "saved.yaml", tmp_path / "text.txt"
+    text.write_text("Once upon a time.")
+    words = ("--base", dense, "--expert", f"law={dense}", "--no-base-expert", "--top-k", "1")
+    more = ("--shard-size", "1MB", "--push-to-hub", "me/law", "--private", "--dry-run")
+    ran = command("compose", tmp_path / "out", *words, *more, "--save-recipe", file)
+    assert ran.code == 0, ran.err
+    saved = yaml.safe_load(file.read_text())
+    [step] = saved.pop("steps")
+    assert step["base_expert"] is False and step["expert"] == [f"law={dense}"]
+    assert saved == {
+        "output": str(tmp_path / "out"),
+        "shard_size": 10**6,
+        "push_to_hub": "me/law",
+        "private": True,
+    }
+    file.unlink()
+    ran = command("upcycle", dense, tmp_path / "out", "--data", text, "--save-recipe", file, "-q")
+    assert yaml.safe_load(file.read_text())["data"] == str(text)
+
+
+FINDINGS = [
+    ("calibrate", ("out/stats", "--tokens", "64"), {"save": "out/stats", "tokens": 64}),
+    ("evaluate", ("--out", "out/x.json"), {"out": "out/x.json"}),
+]
+
+
+@pytest.mark.parametrize(("verb", "words", "said"), FINDINGS, ids=[x[0] for x in FINDINGS])
+def test_a_recipe_of_what_makes_no_model(
+    verb: str, words: tuple, said: dict, command: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("Once upon a time there was a red ball. " * 30)
+    ran = command("upcycle", STORIES, "moe", "--num-experts", "2", "--no-validate")
+    assert ran.code == 0, ran.err
+    ran = command(verb, "moe", *words, "--data", "t.txt", "--save-recipe", "saved.yaml")
+    assert ran.code == 0, ran.err
+    [step] = yaml.safe_load((tmp_path / "saved.yaml").read_text())["steps"]
+    assert step == {"operation": verb, "source": "moe", "data": ["t.txt"], **said}
+    ran = command("run", "saved.yaml", "--overwrite")
+    assert ran.code == 0, ran.err
+    assert "t.txt" not in ran.out and len(ran.out) > 80
+
+
+def test_a_recipe_that_is_there_stays(command: Any, dense: Path, tmp_path: Path) -> None:
     file = tmp_path / "saved.yaml"
-    words = ("--keep", "2", "--max-kl", "0.1", "--data", "x.txt", "--save-recipe", file)
-    ran = command("prune", dense, tmp_path / "out", *words)
-    assert ran.code == 2
-    assert "recipes cannot say this" in ran.err
-    assert not file.exists()
+    file.write_text("mine")
+    ran = command("upcycle", dense, tmp_path / "out", "--save-recipe", file)
+    assert ran.code == 2 and "is there" in ran.err
+    assert file.read_text() == "mine" and not (tmp_path / "out").exists()

@@ -15,21 +15,21 @@ from hand_made import Make
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
 PROBE = f"""
-import json, sys, time
+import json, sys
 from moe_compose_cli.main import run
 code = run(sys.argv[1:])
 found = [name for name in {HEAVY} if name in sys.modules]
-print(json.dumps([code, found, time.process_time()]), file=sys.stderr)
+print(json.dumps([code, found]), file=sys.stderr)
 """
 
 
-def probe(*words: str) -> tuple[int, list[str], float]:
-    """Exit code, heavy modules that were imported, and seconds of processor time."""
+def probe(*words: str) -> tuple[int, list[str]]:
+    """Exit code, and heavy modules that were imported."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, check=True
     )
-    code, found, seconds = json.loads(done.stderr.splitlines()[-1])
-    return code, found, seconds
+    code, found = json.loads(done.stderr.splitlines()[-1])
+    return code, found
 
 
 @pytest.mark.parametrize(
@@ -45,16 +45,14 @@ def probe(*words: str) -> tuple[int, list[str], float]:
     ],
 )
 def test_torch_is_not_imported(words: tuple[str, ...]) -> None:
-    code, found, seconds = probe(*words)
-    assert (code, found) == (0, [])
-    assert seconds < 1  # 0.2 on the machine this was written on
+    assert probe(*words) == (0, [])
 
 
 @pytest.mark.parametrize("flag", ["--json", "--quiet"])
 def test_nor_by_inspect(make: Make, flag: str) -> None:
     folder = make("mixtral").path
-    assert probe("inspect", str(folder), flag)[:2] == (0, [])
-    assert probe("inspect", str(folder))[:2] == (0, [])
+    assert probe("inspect", str(folder), flag) == (0, [])
+    assert probe("inspect", str(folder)) == (0, [])
 
 
 def test_nor_by_the_package_itself() -> None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 import json
 import os
 import runpy
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from moe_compose_cli.parameters import attribute_docs
+from moe_compose_cli.main import app
+from typer.main import get_command
 
 import moe_compose as mc
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.errors import MoeComposeError, OptionError
+from moe_compose.errors import OptionError
 from moe_compose.recipe.reading import parse_recipe
-from moe_compose.recipe.running import Event, run_recipe
+from moe_compose.recipe.running import run_recipe
 from moe_compose.recipe.schema import schema
-from moe_compose.recipe.steps import STEPS, inputs_of
+from moe_compose.recipe.steps import STEPS
+from moe_compose.recipe.values import attribute_docs
+from moe_compose.surgery.compose_options import PRESETS
+from moe_compose.surgery.merge_options import MergeMethod
+from moe_compose.surgery.upcycle_options import METHODS
+from moe_compose.training.options import Objective
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -70,9 +75,17 @@ def test_a_recipe_is_its_script(path: Path, here: Path) -> None:
     assert dict(by_script.config) == config
 
 
-def test_every_operation_has_an_example() -> None:
-    used = {s.operation for p in RECIPES for s in mc.read_recipe(p).steps}
-    assert used == set(STEPS)
+def test_every_operation_and_method_has_an_example() -> None:
+    steps = [s for p in RECIPES for s in mc.read_recipe(p).steps]
+    assert {s.operation for s in steps} == set(STEPS)
+
+    def used(operation: str, field: str) -> set[str]:
+        return {getattr(s.options, field) for s in steps if s.operation == operation}
+
+    assert used("upcycle", "method") == set(METHODS)
+    assert used("compose", "preset") == set(PRESETS)
+    assert used("merge", "method") == set(get_args(MergeMethod))
+    assert used("train-router", "objective") == set(get_args(Objective))
 
 
 def test_every_fault_with_its_line() -> None:
@@ -96,7 +109,10 @@ def test_every_fault_with_its_line() -> None:
         ("output: out", "must be a list of steps"),
         ("steps: [{operation: prune, keep: 2}]", "output: is missing"),
         ("steps: [{operation: prune, keep: 2}]\noutput: o", "the first step needs one"),
-        ("steps: [{operation: upcycle, source: 3}]\noutput: o", "a folder, or a name on the Hub"),
+        (
+            "steps: [{operation: upcycle, source: 3}]\noutput: o",
+            "a folder, a name on the Hub, or steps.N",
+        ),
         ("steps: [{operation: swap-expert, source: m}]\noutput: o", "steps.0.expert: is missing"),
     ],
 )
@@ -118,66 +134,47 @@ def test_entries_are_set() -> None:
     assert "--set  steps.0.topk: unknown option" in str(caught.value)
 
 
-def test_a_condition_that_does_not_hold(tmp_path: Path) -> None:
-    """What was saved before stays, nothing else is written, and the step is named."""
-    text = tmp_path / "text.txt"
-    text.write_text("Once upon a time there was a little girl who had a red ball. " * 20)
-    recipe = parse_recipe(
-        f"""
-steps:
-  - operation: upcycle
-    source: {MODEL}
-    num_experts: 4
-    method: drop
-    save: {tmp_path / "saved"}
-  - operation: prune
-    keep: 2
-    criterion: random
-    assert: {{max_kl: 0.000001, data: {text}, tokens: 64}}
-output: {tmp_path / "out"}
-validate: false
-""",
-        "r.yaml",
-    )
-    events: list[Event] = []
-    with pytest.raises(MoeComposeError, match=r"r.yaml:8  steps.1 \(prune\): a condition") as e:
-        run_recipe(recipe, tell=events.append)
-    assert "at most 1e-06" in e.value.problems[0]
-    assert (tmp_path / "saved" / "config.json").is_file()
-    assert not (tmp_path / "out").exists()
-    assert [x.step for x in events if x.written] == [0]
+#: Flags about how a command is carried out, or what it shows; in a recipe, `run` has them.
+OF_RUN = {"resume", "overwrite", "dry_run", "as_json", "quiet", "save_recipe", "explain", "help"}
+
+#: Flags and arguments that stand beside the steps of a recipe, or under another name.
+BESIDE = {"shard_size", "validate", "push_to_hub", "private"}
+ARGUMENTS = {"output": "save", "page": "out"}
 
 
-def test_chained_is_one_after_another(tmp_path: Path) -> None:
-    """A fused chain gives what its steps give when each is written and read again."""
-    chain = """
-steps:
-  - {{operation: upcycle, source: {model}, num_experts: 6, method: drop}}
-  - {{operation: prune, keep: 4, criterion: random, seed: 3{save}}}
-  - {{operation: expand, factor: 2}}
-output: {out}
-validate: false
-"""
+def keys_of(command: str) -> dict[str, Any]:
+    """A command's flags and arguments under the names that recipes know them by."""
+    group: Any = get_command(app)
     found = {}
-    for name, save in (("fused", ""), ("apart", f", save: {tmp_path / 'between'}")):
-        text = chain.format(model=MODEL, save=save, out=tmp_path / name)
-        found[name] = run_recipe(parse_recipe(text))[-1].checkpoint
-    assert (tmp_path / "between" / "config.json").is_file()
-    assert content(found["fused"]) == content(found["apart"])
-    history = json.loads((tmp_path / "fused" / "moe_compose.json").read_text())
-    assert [r["operation"] for r in history] == ["upcycle", "prune", "expand"]
+    for p in group.commands[command].params:
+        flag = next((o for o in p.opts if o.startswith("--")), "")
+        key = flag[2:].replace("-", "_") if flag else ARGUMENTS.get(p.name, p.name)
+        if p.name not in OF_RUN | BESIDE:
+            found[key] = p
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS if n != "refit"])
+def test_keys_are_flags(name: str) -> None:
+    """A step can be told what its command can be told, and nothing else."""
+    step, flags = STEPS[name], keys_of(name)
+    keys = {f.name for f in step.fields} | set(step.inputs)
+    writes_text = step.makes == "plan" and "data" not in step.inputs  # --data: to compare on
+    assert keys == set(flags) - ({"data"} if writes_text else set())
+    for field in step.fields:
+        assert flags[field.name].help == attribute_docs(step.options_class)[field.name]
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_keys_are_fields_and_flags(name: str) -> None:
-    """Recipe key = field = keyword = flag; nothing hides behind another of the same name."""
+def test_keys_are_fields(name: str) -> None:
+    """Nothing hides behind another of the same name; the schema says what docstrings say."""
     step = STEPS[name]
-    assert step.options_class is not None
-    own = {f.name for f in fields(step.options_class)}
-    assert not own & set(inputs_of(step))
+    own = {f.name for f in step.fields}
+    assert not own & set(step.inputs)
     [made] = [s for s in schema()["properties"]["steps"]["items"]["oneOf"] if s["title"] == name]
-    said = {f.name: made["properties"][f.name]["description"] for f in fields(step.options_class)}
-    assert said == attribute_docs(step.options_class)
+    docs = attribute_docs(step.options_class) if step.options_class else {}
+    for field in own:
+        assert made["properties"][field]["description"] == docs[field]
 
 
 def test_the_schema_knows_every_key() -> None:
