@@ -63,21 +63,26 @@ def _parts(step: RecipeStep) -> dict[str, dict[str, Any]]:
 
 
 def recipe_screen(recipe: Recipe, plans: Mapping[int, Plan]) -> RenderableType:
-    """Every step: what it is told, and what it would make."""
+    """Every step: what it is told, what it takes by default, and what it would make."""
     parts: list[RenderableType] = []
     for i, step in enumerate(recipe.steps):
-        rows: list[tuple[str, RenderableType]] = []
-        for name, entries in _parts(step).items():
-            mark = "assert " if name == "assert" else ""
-            rows += [
-                (f"{mark}{key}", _text(value))
-                for key, value in entries.items()
-                if value not in (None, [], {})
-            ]
+        rows: list[tuple[str, RenderableType]] = [*_told(step)]
         if (plan := plans.get(i)) is not None:
             rows.append(("→", Text(_result(plan), style="bold")))
-        parts += [title(f"{i}  {step.operation}", step.step.summary), facts(rows)]
+        gap: list[RenderableType] = [Text("")] if i else []
+        parts += [*gap, title(f"{i}  {step.operation}", step.step.summary), facts(rows)]
     return Group(*parts)
+
+
+def _told(step: RecipeStep) -> Iterator[tuple[str, str]]:
+    found, usual = _parts(step), {f.name: plain(f.default) for f in step.step.fields}
+    said = {n: v for n, v in found["options"].items() if v != usual[n]}
+    yield from ((name, _text(value)) for name, value in (found["inputs"] | said).items())
+    if found["assert"]:
+        yield "assert", ", ".join(f"{n} {_text(v)}" for n, v in found["assert"].items())
+    silent = {n: v for n, v in found["options"].items() if n not in said and v not in (None, [])}
+    if silent:
+        yield "by default", ", ".join(f"{n} {_text(v)}" for n, v in silent.items())
 
 
 def _text(value: Any) -> str:
@@ -96,6 +101,7 @@ class Followed(Shown):
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
+        self.findings: list[dict[str, Any]] = []
 
     def begins(self, step: int, operation: str) -> None:
         """A line."""
@@ -112,7 +118,9 @@ class Followed(Shown):
         out.show(Text(f"✓ {said}"))
 
     def found(self, step: int, operation: str, result: Any) -> None:
-        """The screen of the command of that name."""
+        """The screen of the command of that name; figures are kept, for programs."""
+        said = result.to_json() if hasattr(result, "to_json") else None
+        self.findings.append({"step": step, "operation": operation, "result": said})
         for screen in _screens(operation, result):
             out.show(screen)
 
@@ -143,5 +151,9 @@ def _screens(operation: str, result: Any) -> Iterator[RenderableType]:
         from .quant_screen import quant_screen
 
         yield quant_screen(result)
+    elif operation == "pack-expert":
+        from .pack_screen import pack_screen
+
+        yield pack_screen(result)
     elif isinstance(result, Path):
         yield Text(f"written: {result}")

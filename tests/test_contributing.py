@@ -15,11 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from dense import dense_llama
+from typer.main import get_command
 
 import moe_compose as mc
 from moe_compose import architectures
 from moe_compose.architectures import Architecture, all_architectures
+from moe_compose.recipe import reading, schema, steps
+from moe_compose.recipe.reading import RecipeStep, parse_recipe
+from moe_compose.recipe.steps import OPTIONS, STEPS
 from moe_compose.runtime import Runner
 from moe_compose.surgery.plan import Plan
 
@@ -32,12 +37,15 @@ def code(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
     return lambda heading: carried_out(heading, monkeypatch)
 
 
-def carried_out(heading: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the Python under a heading defines."""
+def carried_out(
+    heading: str, monkeypatch: pytest.MonkeyPatch, number: int = 0, **names: Any
+) -> dict[str, Any]:
+    """What a block of Python under a heading defines, given some names."""
     section = TEXT.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    [block] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    block = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
     module = ModuleType("contributing")
     monkeypatch.setitem(sys.modules, "contributing", module)
+    vars(module).update(names)
     exec(compile(block, f"CONTRIBUTING.md: {heading}", "exec"), vars(module))
     return vars(module)
 
@@ -87,6 +95,40 @@ def test_add_an_operation(code: Any, moe: mc.Checkpoint) -> None:
     assert not torch.allclose(logits(broken), logits(moe), atol=1e-3)
     twice = found["reverse"](plan, found["ReverseOptions"]())
     assert all(torch.equal(twice.read(n), moe.read(n)) for n in moe.tensors)
+
+
+def test_add_a_step_and_a_command(
+    moe: mc.Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of that page: `reverse` runs from a recipe, and from a command line."""
+    heading = "Add an operation"
+    module = carried_out(heading, monkeypatch)
+    place = ModuleType("moe_compose.surgery.reverse")
+    vars(place).update({n: module[n] for n in ("reverse", "ReverseOptions")})
+    monkeypatch.setitem(sys.modules, place.__name__, place)
+    monkeypatch.setattr(steps, "STEPS", dict(STEPS))
+    for user in (reading, schema, sys.modules[RecipeStep.__module__]):
+        monkeypatch.setattr(user, "STEPS", steps.STEPS)
+    monkeypatch.setattr(steps, "OPTIONS", dict(OPTIONS))
+    names = {n: getattr(steps, n) for n in ("STEPS", "OPTIONS", "operation", "plain")}
+    carried_out(heading, monkeypatch, 1, **names)
+    text = f"steps: [{{operation: reverse, source: {moe.path}}}]\noutput: {tmp_path / 'out'}"
+    [done] = mc.run_recipe(parse_recipe(f"{text}\nvalidate: false"))
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    assert torch.equal(done.checkpoint.read(name.format(0)), moe.read(name.format(2)))
+
+    from moe_compose_cli.commands import _steps, _surgery, _writing
+    from moe_compose_cli.parameters import Moe, Output, with_options
+
+    names = {"with_writing": _writing.with_writing, "with_options": with_options, "Moe": Moe}
+    names |= {"How": _surgery.How, "carry_out": _surgery.carry_out, "step": _steps.step}
+    names |= {"Output": Output, "ReverseOptions": place.ReverseOptions}
+    app = typer.Typer()
+    app.command()(carried_out(heading, monkeypatch, 2, **names)["reverse"])
+    words = [str(moe.path), str(tmp_path / "again"), "--times", "2", "--no-validate"]
+    get_command(app).main(args=words, standalone_mode=False)
+    again = mc.Checkpoint.open(tmp_path / "again")
+    assert all(torch.equal(again.read(n), moe.read(n)) for n in moe.tensors)
 
 
 def test_places_exist() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from ..parameters import Json, Model, Output, Overwrite, Quiet
 from ._recipe import with_recipe
 from ._routing import DEVICE, TEXT_TOKENS, Device, TextTokens
 from ._steps import find, given_of
-
-if TYPE_CHECKING:
-    from moe_compose.surgery.plan import Plan
 
 Expert = Annotated[
     str | None,
@@ -87,22 +84,12 @@ def pack_expert(
         save=output,
     )
     plan = find("pack-expert", source, None, given, overwrite=overwrite)
-    out.result(_said(plan, output) | {"seconds": round(time.monotonic() - begun, 3)}, str(output))
+    from ..pack_screen import pack_screen, packed
 
-
-def _said(plan: Plan, output: Path) -> dict[str, object]:
-    """Say what the artifact is."""
-    from moe_compose.composition.kept import STATS_PLACE
-    from moe_compose.reporting.units import bytes_text
-
-    said = plan.reports["expert.json"]
-    size = sum(t.nbytes for t in plan.tensors.values())
-    stats = STATS_PLACE in plan.files
-    out.show(
-        f"Packed {said['name']} of {said['of']}: {len(plan.tensors)} tensors, {bytes_text(size)}, "
-        f"{'with' if stats else 'without'} statistics of its text"
-    )
+    out.show(pack_screen(plan))
+    here = shlex.quote(str(output))
     out.hint(
-        f"Whoever has the base adds it with:\n  moe-compose add-expert MOE OUTPUT --from {output}"
+        f"Whoever has the base adds it with:\n  moe-compose add-expert MOE OUTPUT --from {here}"
     )
-    return {**said, "output": str(output), "bytes": size, "statistics": stats}
+    seconds = round(time.monotonic() - begun, 3)
+    out.result({**packed(plan), "output": str(output), "seconds": seconds}, str(output))

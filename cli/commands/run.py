@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,7 +72,7 @@ def run(
     if dry_run:
         _show(found, resume, overwrite)
         return
-    written = _run(found, resume, overwrite)
+    written, findings = _run(found, resume, overwrite)
     document = {
         "output": None if found.output is None else str(found.output),
         "seconds": round(time.monotonic() - begun, 3),
@@ -86,6 +86,7 @@ def run(
             }
             for w in written
         ],
+        "found": findings,
     }
     out.result(document, str(found.output or ""))
     if any(w.report is not None and not w.report.ok for w in written):
@@ -107,12 +108,16 @@ def _show(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     out.result(watch.document(recipe), "")
 
 
-def _run(recipe: Recipe, resume: bool, overwrite: bool) -> list[Written]:
+def _run(
+    recipe: Recipe, resume: bool, overwrite: bool
+) -> tuple[list[Written], list[dict[str, Any]]]:
+    """What was written, and what was found."""
     from moe_compose.recipe.running import run_recipe
 
     from ..recipe_screen import Followed
 
+    watch = Followed(recipe)
     out.interrupted = "What was saved is kept: the same command with --resume continues."
-    found = run_recipe(recipe, resume=resume, overwrite=overwrite, watch=Followed(recipe))
+    written = run_recipe(recipe, resume=resume, overwrite=overwrite, watch=watch)
     out.interrupted = ""
-    return found
+    return written, watch.findings

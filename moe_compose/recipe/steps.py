@@ -82,13 +82,13 @@ class Step:
         return () if cls is None else tuple(f for f in fields(cls) if f.name not in self.without)
 
 
-def _operation(name: str, act: Act, summary: str, **inputs: Input) -> Step:
+def operation(name: str, act: Act, summary: str, **inputs: Input) -> Step:
     """A step that makes a model of another."""
     return Step(OPTIONS[name], act, summary, {**_SOURCE, **inputs, **_SAVE})
 
 
 STEPS: Mapping[str, Step] = {
-    "upcycle": _operation(
+    "upcycle": operation(
         "upcycle",
         plain("surgery.upcycle.upcycle"),
         "a dense checkpoint becomes a mixture of experts",
@@ -107,24 +107,24 @@ STEPS: Mapping[str, Step] = {
             **_SAVE,
         },
     ),
-    "anchor": _operation(
+    "anchor": operation(
         "anchor", plain("surgery.anchor.anchor"), "the pair that an expert is trained in"
     ),
-    "add-expert": _operation("add-expert", add, "one more expert", **_FROM),
-    "swap-expert": _operation("swap-expert", swap, "another expert in the place of one", **_FROM),
-    "remove-expert": _operation(
+    "add-expert": operation("add-expert", add, "one more expert", **_FROM),
+    "swap-expert": operation("swap-expert", swap, "another expert in the place of one", **_FROM),
+    "remove-expert": operation(
         "remove-expert",
         plain("composition.change.remove_expert"),
         "experts leave, and every trace of their text",
     ),
-    "expand": _operation("expand", plain("surgery.expand.expand"), "every expert repeated"),
-    "extract": _operation(
+    "expand": operation("expand", plain("surgery.expand.expand"), "every expert repeated"),
+    "extract": operation(
         "extract", plain("surgery.extract.extract"), "one expert as a dense checkpoint"
     ),
-    "prune": _operation(
+    "prune": operation(
         "prune", prune_experts, "fewer experts", **_STATS, **_TEXTS, **_MAX_KL, **_REFIT
     ),
-    "merge": _operation(
+    "merge": operation(
         "merge",
         merge_experts,
         "alike experts become weighted means",
@@ -142,7 +142,7 @@ STEPS: Mapping[str, Step] = {
         {**_TEXTS, **_SAVE},
         mends=True,
     ),
-    "train-router": _operation(
+    "train-router": operation(
         "train-router",
         train,
         "routers, alone or with more, trained on text",

@@ -147,9 +147,12 @@ def test_a_recipe_of_what_makes_no_model(
     assert ran.code == 0, ran.err
     [step] = yaml.safe_load((tmp_path / "saved.yaml").read_text())["steps"]
     assert step == {"operation": verb, "source": "moe", "data": ["t.txt"], **said}
-    ran = command("run", "saved.yaml", "--overwrite")
+    ran = command("run", "saved.yaml", "--overwrite", "--json")
     assert ran.code == 0, ran.err
-    assert "t.txt" not in ran.out and len(ran.out) > 80
+    [found] = json.loads(ran.out)["found"]
+    assert found["operation"] == verb
+    if verb == "evaluate":
+        assert found["result"] == json.loads((tmp_path / "out" / "x.json").read_text())
 
 
 def test_a_recipe_that_is_there_stays(command: Any, dense: Path, tmp_path: Path) -> None:
