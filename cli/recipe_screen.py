@@ -120,6 +120,10 @@ class Followed(Shown):
     def found(self, step: int, operation: str, result: Any) -> None:
         """The screen of the command of that name; figures are kept, for programs."""
         said = result.to_json() if hasattr(result, "to_json") else None
+        if operation == "calibrate":
+            from moe_compose.calibration.summary import to_json
+
+            said = to_json(result)
         self.findings.append({"step": step, "operation": operation, "result": said})
         for screen in _screens(operation, result):
             out.show(screen)

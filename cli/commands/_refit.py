@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,3 +52,9 @@ MaxKl = Annotated[
         show_default=False,
     ),
 ]
+
+
+def refit_given(refit: bool, refit_on: list[str], refit_tokens: int) -> dict[str, Any]:
+    """These flags as what a step reads; tokens only where they were asked for."""
+    tokens = refit_tokens if refit_tokens != TOKENS else None
+    return {"refit": refit, "refit_on": refit_on, "refit_tokens": tokens}

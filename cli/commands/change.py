@@ -62,15 +62,8 @@ def add_expert(
     the row is as long as leaves their loss within the tolerance. Exit code 3: written, but not what
     was stated.
     """
-    given = given_of(
-        "add-expert",
-        from_=donor,
-        data=data,
-        text_tokens=text_tokens,
-        row_scale=row_scale,
-        tolerance=tolerance,
-        device=device,
-    )
+    routing = {"text_tokens": text_tokens, "row_scale": row_scale, "tolerance": tolerance}
+    given = given_of("add-expert", from_=donor, data=data, device=device, **routing)
     carry_out(source, output, how, step("add-expert", options, given, how))
 
 
@@ -93,15 +86,8 @@ def swap_expert(
     All else keeps its bytes. Train the router afterwards, or let the row follow from text. Exit
     code 3: written, but not what was stated.
     """
-    given = given_of(
-        "swap-expert",
-        from_=donor,
-        data=data,
-        text_tokens=text_tokens,
-        row_scale=row_scale,
-        tolerance=tolerance,
-        device=device,
-    )
+    routing = {"text_tokens": text_tokens, "row_scale": row_scale, "tolerance": tolerance}
+    given = given_of("swap-expert", from_=donor, data=data, device=device, **routing)
     carry_out(source, output, how, step("swap-expert", options, given, how))
 
 

@@ -11,7 +11,7 @@ from moe_compose.calibration.options import CalibrateOptions
 from moe_compose.surgery.merge_options import MergeOptions
 
 from ..parameters import Moe, Output, with_options
-from ._refit import TOKENS, Refit, RefitOn, RefitTokens
+from ._refit import TOKENS, Refit, RefitOn, RefitTokens, refit_given
 from ._steps import given_of, step
 from ._surgery import How, carry_out
 from ._writing import with_writing
@@ -83,9 +83,7 @@ def merge(
         "merge",
         stats=stats,
         domain=domains,
-        refit=refit,
-        refit_on=refit_on,
-        refit_tokens=refit_tokens if refit_tokens != TOKENS else None,
+        **refit_given(refit, refit_on, refit_tokens),
         **{name: value for name, value in text.items() if value != getattr(MEASURE, name)},
     )
 

@@ -11,7 +11,7 @@ import typer
 from moe_compose.surgery.prune_options import PruneOptions
 
 from ..parameters import Domains, Moe, Output, Texts, with_options
-from ._refit import TOKENS, MaxKl, Refit, RefitOn, RefitTokens
+from ._refit import TOKENS, MaxKl, Refit, RefitOn, RefitTokens, refit_given
 from ._steps import given_of, step
 from ._surgery import How, carry_out
 from ._writing import with_writing
@@ -60,15 +60,13 @@ def prune(
     stay also make up for those that went. With --max-kl the count is found by bisection on
     held-out text (--data, --domain). Exit code 3: written, but not what was stated.
     """
-    from moe_compose.recipe.fewer import compared_on, recovers
+    from moe_compose.recipe.recovery import compared_on, recovers
 
     given = given_of(
         "prune",
         stats=stats,
         max_kl=max_kl,
-        refit=refit,
-        refit_on=refit_on,
-        refit_tokens=refit_tokens if refit_tokens != TOKENS else None,
+        **refit_given(refit, refit_on, refit_tokens),
         domain=domains,
         data=data,
     )

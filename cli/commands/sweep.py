@@ -14,7 +14,7 @@ from moe_compose.tradeoff.options import SweepOptions
 from ..output import out
 from ..parameters import Domains, Json, Moe, Overwrite, Quiet, Texts, with_options
 from ._recipe import with_recipe
-from ._refit import TOKENS, MaxKl, Refit, RefitOn, RefitTokens
+from ._refit import TOKENS, MaxKl, Refit, RefitOn, RefitTokens, refit_given
 from ._steps import find, given_of
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ def sweep(
         ratios=ratios,
         criteria=criteria,
         max_kl=max_kl,
-        refit=refit,
-        refit_on=refit_on,
-        refit_tokens=refit_tokens if refit_tokens != TOKENS else None,
+        **refit_given(refit, refit_on, refit_tokens),
         out=out_file,
         plot=picture,
     )

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from moe_compose.calibration.data import Domain
     from moe_compose.checkpoint.source import TensorSource
     from moe_compose.composition.options import RoutingOptions
+    from moe_compose.surgery.add_expert import AddOptions
     from moe_compose.surgery.compose_options import ComposeOptions
     from moe_compose.surgery.donors import Donor
     from moe_compose.surgery.plan import Plan
+    from moe_compose.surgery.swap_expert import SwapOptions
     from moe_compose.training.options import TrainOptions
 
 #: Carries a step out: where the recipe stands, options, what else is given → a plan, or a finding.
@@ -171,41 +173,49 @@ def texts_of(given: Mapping[str, Any]) -> tuple[Domain, ...]:
     return read_domains(parse_domains(named, [word for word in data if "=" not in word]))
 
 
-def add(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
+def add(state: State, options: AddOptions, given: Mapping[str, Any]) -> Plan:
     """One more expert."""
-    from moe_compose.composition import change
-    from moe_compose.surgery import add_expert as unmeasured
     from moe_compose.surgery.selection import moe_form
 
-    source, donor = state.source(given), state.donor(given["from"])
+    source = state.source(given)
     name = options.name or str(moe_form(source)[1].num_experts)
-    texts, how = by_name(given.get("data", ()), name), routing(given)
-    if state.dry:
-        if texts:
-            state.watch.remark(_DRY)
-        return unmeasured.add_expert(source, donor, options)
-    with state.layers("measuring router inputs") as count:
-        return change.add_expert(source, donor, options, texts, routing=how, progress=count)
+    return _placed(state, "add_expert", source, options, given, name)
 
 
-def swap(state: State, options: Any, given: Mapping[str, Any]) -> Plan:
+def swap(state: State, options: SwapOptions, given: Mapping[str, Any]) -> Plan:
     """Another expert in the place of one."""
-    from moe_compose.composition import change
-    from moe_compose.surgery import swap_expert as unmeasured
     from moe_compose.surgery.expert_names import index_of, names_of
     from moe_compose.surgery.selection import moe_form
 
-    source, donor = state.source(given), state.donor(given["from"])
+    source = state.source(given)
     count = moe_form(source)[1].num_experts
     at = index_of(source.config, count, options.expert)
     name = options.name or names_of(source.config, count)[at] or str(at)
-    texts, how = by_name(given.get("data", ()), name), routing(given)
+    return _placed(state, "swap_expert", source, options, given, name)
+
+
+def _placed(
+    state: State,
+    verb: str,
+    source: TensorSource,
+    options: AddOptions | SwapOptions,
+    given: Mapping[str, Any],
+    name: str,
+) -> Plan:
+    """An expert put into a model; its row follows from text, but for a dry run."""
+    from moe_compose.composition import change
+
+    donor, how = state.donor(given["from"]), routing(given)
+    texts = by_name(given.get("data", ()), name)
+    plan: Plan
     if state.dry:
         if texts:
             state.watch.remark(_DRY)
-        return unmeasured.swap_expert(source, donor, options)
-    with state.layers("measuring router inputs") as progress:
-        return change.swap_expert(source, donor, options, texts, routing=how, progress=progress)
+        plan = getattr(import_module(f"moe_compose.surgery.{verb}"), verb)(source, donor, options)
+        return plan
+    with state.layers("measuring router inputs") as count:
+        plan = getattr(change, verb)(source, donor, options, texts, routing=how, progress=count)
+    return plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,22 @@
-"""Steps that leave fewer experts, and make up for what is lost: prune, merge, refit."""
+"""Steps that leave fewer experts: prune and merge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.calibration.data import read_texts
 from moe_compose.errors import OptionError
-from moe_compose.recipe.acts import texts_of
+from moe_compose.recipe.recovery import Recovery
 from moe_compose.recipe.state import State
-from moe_compose.surgery.unchanged import LATER, unchanged
 
 if TYPE_CHECKING:
     from moe_compose.calibration.data import Domain
     from moe_compose.calibration.options import CalibrateOptions
     from moe_compose.calibration.stats import ExpertStats
     from moe_compose.checkpoint.source import TensorSource
-    from moe_compose.recovery.options import RefitOptions
     from moe_compose.surgery.merge_options import MergeOptions
     from moe_compose.surgery.plan import Plan
     from moe_compose.surgery.prune_options import PruneOptions
@@ -26,98 +24,6 @@ if TYPE_CHECKING:
 
 _DRY = "Dry run: nothing is refitted; names and sizes are the same."
 _SIMILAR = "with similarities (similarity: true, --similarity)"
-
-
-def recovers(given: Mapping[str, Any]) -> bool:
-    """Whether a count is searched, or anything refitted."""
-    return "max_kl" in given or bool(given.get("refit"))
-
-
-def _words(given: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*given.get("domain", ()), *given.get("data", ()))
-
-
-def compared_on(given: Mapping[str, Any]) -> Path | None:
-    """Text of a pruning that is neither to search nor to refit by: its result is compared on it."""
-    words = _words(given)
-    return None if recovers(given) or len(words) != 1 else Path(words[0])
-
-
-def refit_text(given: Mapping[str, Any]) -> tuple[Domain, ...] | None:
-    """Text that is only to refit to, read; None where there is none.
-
-    Raises:
-        OptionError: it has no use, or cannot be read.
-    """
-    if "refit_on" not in given:
-        return None
-    if not given.get("refit"):
-        raise OptionError("--refit-on has no meaning without --refit")
-    return read_texts(*given["refit_on"])
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What pruning and merging do about what they lose, and the text that it takes.
-
-    Attributes:
-        held: held-out text, by which the count for a KL is found; None: it is given.
-        fitted: text that down-projections are refitted to; None: they are not.
-        options: how.
-    """
-
-    held: tuple[Domain, ...] | None
-    fitted: tuple[Domain, ...] | None
-    options: RefitOptions
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any], *, by_data: bool) -> Recovery:
-        """What is asked for, the text read.
-
-        Args:
-            given: of the step.
-            by_data: its `data` and `domain` are text to search or to refit by.
-
-        Raises:
-            OptionError: text that is missing, or has no use; or unreadable text.
-        """
-        from moe_compose.recovery.options import RefitOptions
-
-        if problems := list(_text_problems(given, by_data)):
-            raise OptionError("these texts cannot be meant", problems=problems)
-        tokens = {"tokens": given["refit_tokens"]} if "refit_tokens" in given else {}
-        held = fitted = None
-        if given.get("refit"):
-            fitted = refit_text(given) or texts_of(given)
-        if "max_kl" in given:
-            held = texts_of(given)
-        return cls(held, fitted, RefitOptions(**tokens))
-
-    def refitted(self, state: State, plan: Plan, source: TensorSource) -> Plan:
-        """The plan with down-projections refitted, if that is asked for."""
-        from moe_compose.recovery.refit import refit
-
-        if self.fitted is None:
-            return plan
-        with state.layers("refitting") as progress:
-            return refit(plan, source, self.fitted, self.options, progress=progress)
-
-
-def _text_problems(given: Mapping[str, Any], by_data: bool) -> Iterator[str]:
-    limit, refit = "max_kl" in given, bool(given.get("refit"))
-    words = _words(given) if by_data else ()
-    for name in ("refit_on", "refit_tokens"):
-        if name in given and not refit:
-            yield f"--{name.replace('_', '-')} has no meaning without --refit"
-    if limit and not words:
-        yield "--max-kl needs held-out text: --data FILE, or --domain NAME=FILE"
-    if limit and refit and "refit_on" not in given:
-        yield "--refit with --max-kl needs text of its own: --refit-on FILE"
-    if not limit and refit and bool(words) == ("refit_on" in given):
-        others = ", or --data, or --domain; one" if by_data else ""
-        yield f"--refit needs text: --refit-on FILE{others}"
-    if not recovers(given) and by_data and ("domain" in given or len(words) > 1):
-        yield "without --refit and --max-kl one --data FILE is compared on"
 
 
 def prune_experts(state: State, options: PruneOptions, given: Mapping[str, Any]) -> Plan:
@@ -300,17 +206,3 @@ def _by_statistics(
         plan = merge(source, stats, options, progress=count)
     record = {"stats": given["stats"].name} if "stats" in given else {}
     return replace(plan, options={**plan.options, **record})
-
-
-def refit_plan(state: State, options: RefitOptions, given: Mapping[str, Any]) -> Plan:
-    """Down-projections refitted to what was before."""
-    from moe_compose.recovery.refit import refit
-    from moe_compose.surgery.plan import Plan
-
-    if not isinstance(state.model, Plan) or state.before is None:
-        raise OptionError("refit follows a step that prunes or merges, with nothing saved between")
-    texts = texts_of(given)
-    if state.dry:
-        return unchanged(state.model, "refit", LATER)
-    with state.layers("refitting") as progress:
-        return refit(state.model, state.before, texts, options, progress=progress)

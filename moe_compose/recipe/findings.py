@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from moe_compose.checkpoint.copying import os_errors, write_file
 from moe_compose.errors import CheckpointError, OptionError, WriteError
 from moe_compose.recipe.acts import routing, texts_of
-from moe_compose.recipe.fewer import refit_text
 from moe_compose.recipe.inputs import by_name
+from moe_compose.recipe.recovery import refit_text
 from moe_compose.recipe.state import State
 
 if TYPE_CHECKING:

@@ -193,7 +193,7 @@ class _Run:
     def _validate(
         self, index: int, checkpoint: Checkpoint, plan: Plan, before: TensorSource
     ) -> ValidationReport:
-        from moe_compose.recipe.fewer import compared_on
+        from moe_compose.recipe.recovery import compared_on
         from moe_compose.reporting.publish import record_validation
         from moe_compose.validation import validate
 

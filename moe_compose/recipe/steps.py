@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import Any, Literal
 
 from moe_compose.recipe.acts import Act, add, compose_models, plain, swap, train
-from moe_compose.recipe.fewer import merge_experts, prune_experts, refit_plan
+from moe_compose.recipe.fewer import merge_experts, prune_experts
 from moe_compose.recipe.findings import judge, measure, pack, plan_bits, tell, weigh
 from moe_compose.recipe.inputs import Input
+from moe_compose.recipe.recovery import refit_plan
 from moe_compose.reporting.steps import OPTIONS
 
 _SOURCE = {
