@@ -40,44 +40,33 @@ from .commands.train_router import train_router
 from .commands.tune import tune
 from .commands.upcycle import upcycle
 from .commands.validate import validate
+from .help import WIDEST, Command, Commands, first_sentence
 from .output import LogHandler, out
+from .programs import runnable
+
+#: The commands, as `--help` groups them.
+_COMMANDS = {
+    "Make a mixture": (upcycle, compose, anchor),
+    "Change its experts": (add_expert, swap_expert, remove_expert, expand, extract, pack_expert),
+    "Make it smaller": (prune, merge, sweep, quant_plan),
+    "Train it": (train_router,),
+    "Look and measure": (inspect, diff, calibrate, plot, evaluate, validate, report),
+    "More": (run_recipe, ls, tune),
+}
 
 app = typer.Typer(
     name="moe-compose",
     help="Surgery on mixture-of-experts checkpoints, exact and one tensor at a time.",
+    cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
 )
-for command in (
-    inspect,
-    diff,
-    report,
-    upcycle,
-    compose,
-    anchor,
-    add_expert,
-    swap_expert,
-    remove_expert,
-    expand,
-    extract,
-    pack_expert,
-    prune,
-    merge,
-    sweep,
-    quant_plan,
-    train_router,
-    calibrate,
-    validate,
-    evaluate,
-    tune,
-    plot,
-    ls,
-):
-    app.command()(command)
-app.command("run")(run_recipe)
+for panel, commands in _COMMANDS.items():
+    for command in commands:
+        app.command(cls=Command, short_help=first_sentence(command), rich_help_panel=panel)(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -153,7 +142,7 @@ def _run(arguments: Sequence[str]) -> int:
         )
         return 1
     if code == 130:
-        out.failure("interrupted", f"  {out.interrupted}" if out.interrupted else "")
+        out.failure("interrupted", runnable(f"  {out.interrupted}") if out.interrupted else "")
     return int(code or 0) if arguments else 2
 
 
