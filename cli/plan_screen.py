@@ -15,7 +15,7 @@ from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.replace import Changed
 
 from .output import visible
-from .screens import facts, how_many, title
+from .screens import facts, how_many, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.architectures.estimates import ServingMemory
@@ -64,7 +64,7 @@ def plan_screen(plan: Plan, output: str) -> RenderableType:
     on_disk = f"{bytes_text(summary.bytes)} in {summary.tensors} tensors"
     rows.append(("bytes", on_disk + (copied if local else "")))
     rows.append(("to serve", _memory_line(summary.memory)))
-    rows += [("note" if i == 0 else "", note) for i, note in enumerate(plan.notes)]
+    rows += listed("note", [note for note in plan.notes if note not in rest])
     rows.append(("digest", plan.digest()))
     return Group(title(_operations(plan), f"→ {output}"), facts(rows))
 

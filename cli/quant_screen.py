@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moe_compose.reporting.units import bytes_text
 
-from .screens import facts, grid_of, title
+from .screens import facts, grid_of, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.calibration.quantisation import LayerBits, QuantPlan
@@ -32,7 +32,7 @@ def quant_screen(plan: QuantPlan) -> RenderableType:
         ("at stake", f"{plan.low_weight:.1%} of the sensitivity lies at {low} bits"),
         ("sensitivity", f"{options.measure}: {options.formula}"),
         ("", Text(options.reference, style="dim")),
-        *(("note" if i == 0 else "", note) for i, note in enumerate(plan.notes)),
+        *listed("note", plan.notes),
     ]
     head = ("layer", "least", "most", f"at {low} bits", "experts")
     table = grid_of(head, [_row(layer, low) for layer in plan.layers])
