@@ -102,6 +102,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments: the command line after the program's name.
     """
     out.reset()
+    out.configure(as_json="--json" in arguments)  # what is wrong with the flags is a document too
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no name breaks a terminal that cannot show it
             stream.reconfigure(errors="backslashreplace")
@@ -136,13 +137,11 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        out.failure(
-            f"{type(error).__name__}: {error}",
-            "" if out.debug else "  moe-compose --debug ... shows where.",
-        )
+        hint = "" if out.debug else "moe-compose --debug ... shows where."
+        out.failure("Exception", f"{type(error).__name__}: {error}", hint=hint)
         return 1
     if code == 130:
-        out.failure("interrupted", runnable(f"  {out.interrupted}") if out.interrupted else "")
+        out.failure("Interrupted", "interrupted", hint=runnable(out.interrupted), code=code)
     return int(code or 0) if arguments else 2
 
 
@@ -151,5 +150,6 @@ def _usage(error: typer.TyperException) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "moe-compose"
     message = error.format_message().replace(": Value error, ", ": ").rstrip()
-    out.failure(message or "wrong usage", f"  {path} --help shows how.")
+    hint, code = f"{path} --help shows how.", error.exit_code
+    out.failure("Usage", message or "wrong usage", hint=hint, code=code)
     return error.exit_code

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,26 +103,28 @@ class Output:
 
     def error(self, error: MoeComposeError) -> None:
         """A sentence, the single problems, and what to do; with `--json` as a document too."""
-        if self.mode == "json":
-            found = {
-                "type": type(error).__name__,
-                "message": error.message,
-                "problems": list(error.problems),
-                "hint": error.hint,
-                "exit_code": error.exit_code,
-            }
-            self.result({"error": found}, "")
-        lines = [
-            *(f"  - {p}" for p in error.problems),
-            *([f"  {error.hint}"] if error.hint else []),
-        ]
-        self.failure(error.message, "\n".join(lines))
+        self.failure(
+            type(error).__name__, error.message, error.problems, error.hint, error.exit_code
+        )
 
-    def failure(self, message: str, more: str = "") -> None:
-        """`Error: message`, and lines under it."""
+    def failure(
+        self, kind: str, message: str, problems: Sequence[str] = (), hint: str = "", code: int = 1
+    ) -> None:
+        """What went wrong, where it is no error of the library.
+
+        Args:
+            kind: what programs know it by.
+            message: a sentence.
+            problems: single faults.
+            hint: what to do next.
+            code: the exit code.
+        """
+        if self.mode == "json":
+            found = {"type": kind, "message": message, "problems": list(problems), "hint": hint}
+            self.result({"error": found | {"exit_code": code}}, "")
         self._say(f"Error: {message}", word="bold red")
-        if more:
-            self._say(more)
+        for line in (*(f"- {p}" for p in problems), *([hint] if hint else [])):
+            self._say(f"  {line}")
         if self.debug and sys.exc_info()[0] is not None:
             self._console(stderr=True).print(visible(traceback.format_exc()), soft_wrap=True)
 

@@ -12,7 +12,8 @@ from moe_compose.reporting.units import bytes_text, count
 from moe_compose.tradeoff.fewest import REPORT_NAME as MAX_KL
 from moe_compose.tradeoff.result import findings
 
-from .screens import facts, grid_of, inset, title
+from .output import visible
+from .screens import grid_of, inset, title
 
 if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
@@ -55,8 +56,8 @@ def sweep_screen(found: Sweep) -> RenderableType:
     refitted = any(c.refitted for c in found.candidates)
     rest = "loss and KL in nats per token" + ("; all refitted" if refitted else "")
     parts = [title(found.source, rest), inset(grid_of(head, rows, 1))]
-    said = [("", text) for text in (*findings(found), *found.notes)]
-    return Group(*parts, *([facts(said)] if said else []))
+    said = [inset(Text(visible(text))) for text in (*findings(found), *found.notes)]
+    return Group(*parts, *([Text("")] if said else []), *said)
 
 
 def _tried(entry: dict[str, Any]) -> tuple[str, str, str, str]:
