@@ -102,7 +102,8 @@ def run(arguments: Sequence[str]) -> int:
         arguments: the command line after the program's name.
     """
     out.reset()
-    out.configure(as_json="--json" in arguments)  # what is wrong with the flags is a document too
+    if "--json" in arguments:  # what is wrong with the flags is a document too
+        out.mode = "json"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no name breaks a terminal that cannot show it
             stream.reconfigure(errors="backslashreplace")
@@ -118,6 +119,7 @@ def run(arguments: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
+        out.settle()
         logger.removeHandler(handler)
         logger.setLevel(level)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from .patience import Patience
 from .programs import runnable
 
 if TYPE_CHECKING:
@@ -63,12 +64,21 @@ class Output:
         self.debug = False
         self.interrupted = ""
         self._live: Console | None = None
+        self._patience: Patience | None = None
 
     def configure(self, *, as_json: bool = False, quiet: bool = False) -> None:
         """Choose the mode; `--json` wins over `--quiet`."""
         self.mode = "json" if as_json else "quiet" if quiet else "human"
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        elif (console := self._console(stderr=True)).is_terminal:
+            self._patience = Patience(console)
+
+    def settle(self) -> None:
+        """Whoever waits for a first word has it."""
+        if self._patience is not None:
+            self._patience.end()
+            self._patience = None
 
     def show(self, screen: RenderableType) -> None:
         """A screen, for people only."""
@@ -86,6 +96,7 @@ class Output:
         """What the command found: the document with `--json`, the line with `--quiet`."""
         from moe_compose.reporting.documents import plain
 
+        self.settle()
         if self.mode == "json":
             narrow = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
             print(json.dumps(plain(document), indent=2, ensure_ascii=narrow))
@@ -130,6 +141,7 @@ class Output:
 
     def text(self, line: str) -> None:
         """A line on stdout in every mode (`--version`)."""
+        self.settle()
         print(visible(line))
 
     @contextmanager
@@ -192,6 +204,7 @@ class Output:
     def _console(self, *, stderr: bool = False) -> Console:
         from rich.console import Console
 
+        self.settle()
         if stderr and self._live is not None:
             return self._live
         return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from pathlib import Path
 
 import moe_compose_cli.output as module
+import moe_compose_cli.patience as patience
 import pytest
 from moe_compose_cli.output import LogHandler, Output, visible
 from moe_compose_cli.programs import runnable
@@ -180,3 +182,21 @@ def test_commands_in_hints_run_as_they_are_printed(
     monkeypatch.setenv("PATH", "")
     assert runnable("Do:\n  moe-compose inspect a") == "Do:\n  bin/moe-compose inspect a"
     assert runnable("moe-compose is prose here") == "moe-compose is prose here"
+
+
+def test_a_sign_of_life_goes_with_the_first_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While torch is imported, say; not where nobody looks, and not with `--quiet`."""
+    monkeypatch.setattr(patience, "SECONDS", 0.01)
+    for quiet, terminal in ((True, True), (False, False), (False, True)):
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        if terminal:
+            narrow(monkeypatch, 80)
+        out = Output()
+        out.configure(quiet=quiet)
+        time.sleep(0.2)
+        out.error(WriteError("no"))
+        shown = capsys.readouterr().err
+        assert ("getting ready" in shown) == (terminal and not quiet)
+    assert "\x1b[2K" in shown[shown.index("getting ready") : shown.index("Error:")]
