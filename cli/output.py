@@ -236,18 +236,19 @@ def _lines(console: Console, what: str, unit: str) -> Count:
 
     begun = last = time.monotonic()
     first: int | None = None
+    ended = False
 
     def report(done: int, total: int) -> None:
-        nonlocal first, last
+        nonlocal first, last, ended
         now = time.monotonic()
         first = done if first is None else first  # what an earlier run left
         finished = done >= total
-        if not finished and now - last < LINE_SECONDS:
+        if ended or (not finished and now - last < LINE_SECONDS):
             return
-        last = now
+        last, ended = now, finished
         rate = (done - first) / max(now - begun, 1e-3) if done > first else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        speed = f", {text(round(rate))}/s" if rate else ""
+        speed = f", {text(round(rate))}/s" if rate >= 1 else ""
         share = done / total if total else 1
         rest = "" if finished else left
         begin = text(done) if unit == "bytes" else f"{done:,}"

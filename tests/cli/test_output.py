@@ -35,7 +35,15 @@ def test_lines_of_progress(
     mib = 1 << 20
     with Output().progress("writing out") as report:
         assert report is not None
-        for seconds, done in ((0, 100), (5, 200), (10, 300), (12, 350), (20, 500), (25, 1000)):
+        for seconds, done in (
+            (0, 100),
+            (5, 200),
+            (10, 300),
+            (12, 350),
+            (20, 500),
+            (25, 1000),
+            (26, 1000),
+        ):
             clock[0] = seconds
             report(Progress(done * mib, 1000 * mib, "a"))
     captured = capsys.readouterr()
