@@ -25,7 +25,7 @@ MOST = 20
 #: The number of a layer.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-_STYLES = {"added": "green", "removed": "red", "changed": "yellow", "moved": "cyan"}
+_STYLES = {"added": "green", "removed": "red", "changed": "magenta", "moved": ""}
 _EXPLAINED = (
     "moved: the same bytes under another index. rows: experts in both whose rows of the router are "
     "the same bytes. distance: the largest ‖after − before‖ / ‖before‖ of an expert"

@@ -110,7 +110,7 @@ class Output:
 
     def warn(self, text: str) -> None:
         """Something that deserves a look."""
-        self._say(f"Warning: {text}", style="yellow")
+        self._say(f"Warning: {text}", word="yellow")
 
     def error(self, error: MoeComposeError) -> None:
         """A sentence, the single problems, and what to do; with `--json` as a document too."""
@@ -177,9 +177,9 @@ class Output:
         else:
             yield _lines(console, what, unit)
 
-    def _say(self, text: str, *, style: str = "", word: str = "") -> None:
+    def _say(self, text: str, *, word: str = "") -> None:
         """Prose on stderr: on a terminal broken at spaces, elsewhere not at all. `word` is the
-        style of the first word.
+        style of the first word; the others have none, which every background can show.
         """
         from rich.text import Text
 
@@ -188,9 +188,7 @@ class Output:
         if console.is_terminal:
             shown = "\n".join(_broken(line, console.width) for line in shown.split("\n"))
         first = shown.partition(" ")[0]
-        console.print(
-            Text.assemble((first, word), shown[len(first) :]), style=style, soft_wrap=True
-        )
+        console.print(Text.assemble((first, word), shown[len(first) :]), soft_wrap=True)
 
     @contextmanager
     def _above(self, console: Console) -> Iterator[None]:

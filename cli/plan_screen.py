@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moe_compose.checkpoint.source import TensorSource
     from moe_compose.reporting.inspection import Inspection
 
-_KINDS = {"exact": "green", "approximate": "yellow", "none": "yellow"}
+_KINDS = {"exact": "green", "approximate": "bold", "none": "bold"}
 
 
 def _origins(source: TensorSource) -> Iterator[TensorSource]:

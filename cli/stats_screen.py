@@ -74,7 +74,7 @@ def _layers_table(layers: Sequence[LayerSummary]) -> RenderableType:
             str(x.layer),
             str(x.experts),
             f"{x.busiest:.2f}",
-            Text(str(len(x.dead)), style="yellow" if x.dead else ""),
+            Text(str(len(x.dead)), style="bold" if x.dead else ""),
             _number(x.entropy),
             _number(x.mean_entropy),
             f"{x.jaccard:.2f}",
