@@ -65,15 +65,15 @@ def _facts(found: Difference) -> Iterator[tuple[str, RenderableType]]:
         ("parameters", count(a.total), count(b.total)),
         ("active", count(a.active or a.total), count(b.active or b.total)),
         ("bytes", bytes_text(a.bytes), bytes_text(b.bytes)),
-        ("tensors", str(a.tensors), str(b.tensors)),
+        ("tensors", f"{a.tensors:,}", f"{b.tensors:,}"),
     ]
     for label, before, after in rows:
         yield label, f"{before}" if before == after else f"{before} → {after}"
     total = sum(found.experts.values())
-    said = [f"{n} {status}" for status, n in sorted(found.experts.items(), key=lambda x: -x[1])]
+    said = [f"{n:,} {status}" for status, n in sorted(found.experts.items(), key=lambda x: -x[1])]
     if total:
         yield "all experts", ", ".join(said)
-    yield "others", f"{found.same_tensors} tensors and {found.same_files} files are the same"
+    yield "others", f"{found.same_tensors:,} tensors and {found.same_files} files are the same"
     yield from listed("note", found.notes)
 
 

@@ -61,7 +61,7 @@ def plan_screen(plan: Plan, output: str) -> RenderableType:
     rows.append(("parameters", f"{before} → {count(p.total)} total, {count(p.active)} active"))
     copied = f", {summary.copied_bytes / max(summary.bytes, 1):.1%} of it copied as it is"
     local = all(b.weight_files for b in befores)
-    on_disk = f"{bytes_text(summary.bytes)} in {summary.tensors} tensors"
+    on_disk = f"{bytes_text(summary.bytes)} in {summary.tensors:,} tensors"
     rows.append(("bytes", on_disk + (copied if local else "")))
     rows.append(("to serve", _memory_line(summary.memory)))
     rows += listed("note", [note for note in plan.notes if note not in rest])

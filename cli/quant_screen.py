@@ -26,7 +26,7 @@ def quant_screen(plan: QuantPlan) -> RenderableType:
     low, high = options.bits_low, options.bits_high
     experts, total = ([bytes_text(n) for n in pair] for pair in (plan.bytes, plan.total_bytes))
     rows: list[tuple[str, RenderableType]] = [
-        ("experts", f"{plan.count(low)} at {low} bits, {plan.count(high)} at {high}"),
+        ("experts", f"{plan.count(low):,} at {low} bits, {plan.count(high):,} at {high}"),
         ("mean", f"{plan.mean_bits:.2f} bits a weight, scales left out"),
         ("bytes", f"experts {' → '.join(experts)}, checkpoint {' → '.join(total)}"),
         ("at stake", f"{plan.low_weight:.1%} of the sensitivity lies at {low} bits"),

@@ -132,7 +132,7 @@ def _inspection_facts(found: Inspection) -> list[tuple[str, RenderableType]]:
             rows.append(("names", ", ".join(named)))
     if found.parameters and found.parameters.mtp:
         rows.append(("MTP", f"{found.parameters.mtp:,} parameters, outside the counts below"))
-    dtypes = [f"{d} {bytes_text(s.bytes)} in {s.tensors}" for d, s in found.dtypes.items()]
+    dtypes = [f"{d} {bytes_text(s.bytes)} in {s.tensors:,}" for d, s in found.dtypes.items()]
     rows.append(("tensors", ", ".join(dtypes)))
     rows += history_rows(found.history)
     if found.validation is not None:
