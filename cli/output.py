@@ -68,6 +68,7 @@ class Output:
 
     def configure(self, *, as_json: bool = False, quiet: bool = False) -> None:
         """Choose the mode; `--json` wins over `--quiet`."""
+        self.settle()
         self.mode = "json" if as_json else "quiet" if quiet else "human"
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
