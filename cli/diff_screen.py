@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from moe_compose.reporting.units import bytes_text, count
 
-from .screens import facts, grid_of, title
+from .screens import facts, grid_of, inset, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.reporting.difference import Difference, LayerChange, Side, TensorChange
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 #: Tensors, and config entries, that are shown; all are in the JSON document.
 MOST = 20
 
-_STYLES = {"added": "green", "removed": "red", "changed": "yellow", "moved": "cyan"}
+#: The number of a layer.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+_STYLES = {"added": "green", "removed": "red", "changed": "magenta", "moved": ""}
 _EXPLAINED = (
     "moved: the same bytes under another index. rows: experts in both whose rows of the router are "
     "the same bytes. distance: the largest ‖after − before‖ / ‖before‖ of an expert"
@@ -35,11 +39,11 @@ def diff_screen(found: Difference) -> RenderableType:
         facts(list(_facts(found))),
     ]
     if found.config:
-        parts += [_gap("config.json"), _inset(_config(found))]
+        parts += [_gap("config.json"), inset(_config(found))]
     if found.layers:
-        parts += [_gap("experts"), _inset(_experts(found.layers)), _inset(_dim(_EXPLAINED))]
+        parts += [_gap("experts"), inset(_experts(found.layers)), inset(_dim(_EXPLAINED))]
     if found.tensors:
-        parts += [_gap("other tensors"), _inset(_tensors(found.tensors))]
+        parts += [_gap("other tensors"), inset(_tensors(found.tensors))]
     if found.files:
         parts += [_gap("files"), facts([(s, n) for n, s in found.files.items()])]
     return Group(*parts, Text(""), _verdict(found))
@@ -47,10 +51,6 @@ def diff_screen(found: Difference) -> RenderableType:
 
 def _gap(name: str) -> RenderableType:
     return Padding(title(name), (1, 0, 0, 0), expand=False)
-
-
-def _inset(part: RenderableType) -> RenderableType:
-    return Padding(part, (0, 0, 0, 2), expand=False)
 
 
 def _dim(text: str) -> RenderableType:
@@ -65,16 +65,16 @@ def _facts(found: Difference) -> Iterator[tuple[str, RenderableType]]:
         ("parameters", count(a.total), count(b.total)),
         ("active", count(a.active or a.total), count(b.active or b.total)),
         ("bytes", bytes_text(a.bytes), bytes_text(b.bytes)),
-        ("tensors", str(a.tensors), str(b.tensors)),
+        ("tensors", f"{a.tensors:,}", f"{b.tensors:,}"),
     ]
     for label, before, after in rows:
         yield label, f"{before}" if before == after else f"{before} → {after}"
     total = sum(found.experts.values())
-    said = [f"{n} {status}" for status, n in sorted(found.experts.items(), key=lambda x: -x[1])]
+    said = [f"{n:,} {status}" for status, n in sorted(found.experts.items(), key=lambda x: -x[1])]
     if total:
         yield "all experts", ", ".join(said)
-    yield "others", f"{found.same_tensors} tensors and {found.same_files} files are the same"
-    yield from (("note" if i == 0 else "", note) for i, note in enumerate(found.notes))
+    yield "others", f"{found.same_tensors:,} tensors and {found.same_files} files are the same"
+    yield from listed("note", found.notes)
 
 
 def _experts_of(side: Side) -> str:
@@ -108,10 +108,13 @@ def _more(total: int) -> list[RenderableType]:
 def _experts(layers: Sequence[LayerChange]) -> RenderableType:
     head = ("layers", "same", "moved", "changed", "added", "removed", "rows", "distance")
     rows: list[Sequence[RenderableType]] = []
-    usual = _stem(layers[0])
-    for (stem, shown), alike in groupby(layers, key=lambda x: (_stem(x), _row(x))):
-        numbers = [layer.block.rpartition(".")[2] for layer in alike]
+    usual, counted = _stem(layers[0]), 6 if len(layers) > MOST else 7
+    for (stem, _), alike in groupby(layers, key=lambda x: (_stem(x), _row(x)[:counted])):
+        found = list(alike)
+        numbers = [layer.block.rpartition(".")[2] for layer in found]
         name = numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+        worst = max((d for layer in found if (d := layer.worst()) is not None), default=None)
+        shown = (*_row(found[0])[:-1], _distance(worst))
         rows.append((name if stem == usual else f"{stem}.{name}", *shown))
     return grid_of(head, rows, 1)
 
@@ -122,7 +125,9 @@ def _stem(layer: LayerChange) -> str:
 
 
 def _row(layer: LayerChange) -> tuple[str, ...]:
-    """A layer's figures; neighbours with the same ones are shown as one."""
+    """A layer's figures; neighbours with the same ones are shown as one, and of many layers also
+    those that differ in the distance only.
+    """
     counts = layer.counts
     kept, both = layer.rows
     shown = [str(counts[s] or "–") for s in ("same", "moved", "changed", "added", "removed")]
@@ -134,19 +139,43 @@ def _distance(value: float | None) -> str:
 
 
 def _tensors(tensors: Sequence[TensorChange]) -> RenderableType:
-    """The farthest first."""
-    far = sorted(tensors, key=lambda t: -(t.distance or 0.0))
+    """The farthest first; what is the same in several layers as one."""
+    groups: dict[tuple[str, ...], list[TensorChange]] = {}
+    for t in tensors:
+        key = (t.status, _NUMBER.sub("*", t.name, count=1), t.before or "", t.after or "")
+        groups.setdefault(key, []).append(t)
+    far = sorted(groups.items(), key=lambda x: -_farthest(x[1]))
     rows: list[Sequence[RenderableType]] = [
         (
-            Text(t.status, style=_STYLES[t.status]),
-            t.name,
-            " → ".join(dict.fromkeys(x for x in (t.before, t.after) if x)),
-            _distance(t.distance),
+            Text(status, style=_STYLES[status]),
+            f"{pattern if len(alike) > 1 else alike[0].name}\n{_shapes(before, after)}",
+            _layers_of(alike) if len(alike) > 1 else "",
+            _distance(_farthest(alike) or None),
         )
-        for t in far[:MOST]
+        for (status, pattern, before, after), alike in far[:MOST]
     ]
-    table = grid_of(("", "tensor", "dtype and shape", "distance"), rows, 3)
-    return Group(table, *_more(len(tensors)))
+    head = ("", "tensor, dtype and shape", "layers", "distance")
+    return Group(grid_of(head, rows, 3), *_more(len(groups)))
+
+
+def _farthest(tensors: Sequence[TensorChange]) -> float:
+    return max(t.distance or 0.0 for t in tensors)
+
+
+def _layers_of(tensors: Sequence[TensorChange]) -> str:
+    """`0 to 4`, or how many where some between are not among them."""
+    numbers = sorted(int(found[0]) for t in tensors if (found := _NUMBER.search(t.name)))
+    if numbers[-1] - numbers[0] + 1 == len(numbers):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return f"{len(numbers)} of them"
+
+
+def _shapes(before: str, after: str) -> str:
+    """`F32 [4, 8] → [2, 8]`: a dtype that stays is said once."""
+    if not before or not after or before == after:
+        return before or after
+    same = before.partition(" ")[0] == after.partition(" ")[0]
+    return f"{before} → {after.partition(' ')[2] if same else after}"
 
 
 def _verdict(found: Difference) -> RenderableType:

@@ -42,5 +42,6 @@ def _text(engine: Served) -> Text:
     if not engine.rules and engine.verdict == "not run":
         text.append("; it breaks no rule known of this engine")
     for rule in engine.rules:
-        text.append(f"\n! {visible(rule)}", "yellow")
+        text.append("\n! ", "yellow")
+        text.append(visible(rule))
     return text

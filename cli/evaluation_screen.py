@@ -6,11 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .screens import facts, grid_of, title
+from .screens import facts, grid_of, inset, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.evaluation.result import DomainScore, Evaluation
@@ -24,14 +23,14 @@ def evaluation_screen(found: Evaluation) -> RenderableType:
     beside = f"against {found.against}; " if found.against else ""
     parts: list[RenderableType] = [
         title(found.checkpoint, f"{beside}losses and KL in nats per token"),
-        _indented(_scores(found)),
+        inset(_scores(found)),
     ]
     if found.layers:
         parts += [Text(""), title("layers", "‖Δ‖/‖reference‖ of their outputs"), _layers(found)]
     if found.greedy:
         parts += [Text(""), title("greedy decoding", ""), facts(_greedy(found))]
     if found.notes:
-        parts.append(facts([("note", note) for note in found.notes]))
+        parts.append(facts(listed("note", found.notes)))
     return Group(*parts)
 
 
@@ -69,7 +68,7 @@ def _layers(found: Evaluation) -> RenderableType:
         return "█" * round(24 * error / most) if math.isfinite(error) else "not finite"
 
     rows = [(str(x.layer), f"{x.error:.1e}", Text(bar(x.error), style="cyan")) for x in shown]
-    return _indented(grid_of(("layer", "error", ""), rows))
+    return inset(grid_of(("layer", "error", ""), rows))
 
 
 def _greedy(found: Evaluation) -> list[tuple[str, RenderableType]]:
@@ -79,7 +78,3 @@ def _greedy(found: Evaluation) -> list[tuple[str, RenderableType]]:
         return f"differs from token {first + 1} of {tokens} on"
 
     return [(g.domain, said(g.first, g.tokens)) for g in found.greedy]
-
-
-def _indented(part: RenderableType) -> RenderableType:
-    return Padding(part, (0, 0, 0, 2), expand=False)

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from .screens import facts, grid_of, title
+from .screens import facts, grid_of, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.validation.forward_report import ForwardPass, LayerForward
@@ -47,11 +47,12 @@ def forward_screen(found: ForwardPass) -> Iterator[RenderableType]:
     if len(shown) < len(found.layers):
         text = f"the worst {len(shown)} of {len(found.layers)} layers; all are in validation.json"
         yield Padding(Text(text, style="dim"), (0, 0, 0, 2), expand=False)
-    limit = f" of at most {found.budget:.0f}" if found.budget else ""
+    within = found.budget and found.seconds <= found.budget
+    limit = f" of at most {found.budget:.0f}" if within else ""
     yield facts(
         [
             ("covered", found.covered),
-            *(("left out" if i == 0 else "", text) for i, text in enumerate(found.left_out)),
+            *listed("left out", found.left_out),
             ("took", f"{found.seconds:.0f}{limit} s"),
         ]
     )

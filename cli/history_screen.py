@@ -31,5 +31,5 @@ def _line(step: Step, number: str) -> Text:
     return Text.assemble(
         visible(f"{number}{step.operation}{sources}"),
         visible(f"\n{options}") if options else "",
-        (visible(f"\n{said}"), "dim"),
+        visible(f"\n{said}"),
     )

@@ -40,44 +40,33 @@ from .commands.train_router import train_router
 from .commands.tune import tune
 from .commands.upcycle import upcycle
 from .commands.validate import validate
+from .help import WIDEST, Command, Commands, first_sentence
 from .output import LogHandler, out
+from .programs import runnable
+
+#: The commands, as `--help` groups them.
+_COMMANDS = {
+    "Make a mixture": (upcycle, compose, anchor),
+    "Change its experts": (add_expert, swap_expert, remove_expert, expand, extract, pack_expert),
+    "Make it smaller": (prune, merge, sweep, quant_plan),
+    "Train it": (train_router,),
+    "Look and measure": (inspect, diff, calibrate, plot, evaluate, validate, report),
+    "More": (run_recipe, ls, tune),
+}
 
 app = typer.Typer(
     name="moe-compose",
     help="Surgery on mixture-of-experts checkpoints, exact and one tensor at a time.",
+    cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
 )
-for command in (
-    inspect,
-    diff,
-    report,
-    upcycle,
-    compose,
-    anchor,
-    add_expert,
-    swap_expert,
-    remove_expert,
-    expand,
-    extract,
-    pack_expert,
-    prune,
-    merge,
-    sweep,
-    quant_plan,
-    train_router,
-    calibrate,
-    validate,
-    evaluate,
-    tune,
-    plot,
-    ls,
-):
-    app.command()(command)
-app.command("run")(run_recipe)
+for panel, commands in _COMMANDS.items():
+    for command in commands:
+        app.command(cls=Command, short_help=first_sentence(command), rich_help_panel=panel)(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -113,6 +102,8 @@ def run(arguments: Sequence[str]) -> int:
         arguments: the command line after the program's name.
     """
     out.reset()
+    if "--json" in arguments:  # what is wrong with the flags is a document too
+        out.mode = "json"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no name breaks a terminal that cannot show it
             stream.reconfigure(errors="backslashreplace")
@@ -128,6 +119,7 @@ def run(arguments: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
+        out.settle()
         logger.removeHandler(handler)
         logger.setLevel(level)
 
@@ -147,13 +139,11 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        out.failure(
-            f"{type(error).__name__}: {error}",
-            "" if out.debug else "  moe-compose --debug ... shows where.",
-        )
+        hint = "" if out.debug else "moe-compose --debug ... shows where."
+        out.failure("Exception", f"{type(error).__name__}: {error}", hint=hint)
         return 1
     if code == 130:
-        out.failure("interrupted", f"  {out.interrupted}" if out.interrupted else "")
+        out.failure("Interrupted", "interrupted", hint=runnable(out.interrupted), code=code)
     return int(code or 0) if arguments else 2
 
 
@@ -162,5 +152,6 @@ def _usage(error: typer.TyperException) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "moe-compose"
     message = error.format_message().replace(": Value error, ", ": ").rstrip()
-    out.failure(message or "wrong usage", f"  {path} --help shows how.")
+    hint, code = f"{path} --help shows how.", error.exit_code
+    out.failure("Usage", message or "wrong usage", hint=hint, code=code)
     return error.exit_code

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moe_compose.surgery.merge import REPORT_NAME
 
-from .screens import grid_of
+from .screens import grid_of, inset, title
 
 if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
@@ -25,4 +25,5 @@ def groups_screen(plan: Plan) -> RenderableType:
             moved = ", ".join(map(str, group["neurons_moved"][1:]))
             rows.append(("" if i else layer, str(i), members, weights, moved))
     head = ("layer", "expert", "mean of", "weights", "neurons moved")
-    return Group(Text(""), grid_of(head, rows))
+    what = "experts of the result, and what they are means of"
+    return Group(Text(""), title("explained", what), inset(grid_of(head, rows)))

@@ -11,12 +11,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+
+from .patience import Patience
+from .programs import runnable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -31,6 +36,9 @@ Count = Callable[[int, int], None]
 
 #: Seconds between two lines of progress where there is no terminal.
 LINE_SECONDS = 10.0
+
+#: An indented line that is to be copied.
+_COMMAND = re.compile(r"\s+(\S*(moe-compose|python|pip|tensorboard)|PeftModel\S*) ")
 
 
 def visible(text: str) -> str:
@@ -55,66 +63,86 @@ class Output:
         self.mode: Mode = "human"
         self.debug = False
         self.interrupted = ""
+        self._live: Console | None = None
+        self._patience: Patience | None = None
 
     def configure(self, *, as_json: bool = False, quiet: bool = False) -> None:
         """Choose the mode; `--json` wins over `--quiet`."""
+        self.settle()
         self.mode = "json" if as_json else "quiet" if quiet else "human"
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        elif (console := self._console(stderr=True)).is_terminal:
+            self._patience = Patience(console)
+
+    def settle(self) -> None:
+        """Whoever waits for a first word has it."""
+        if self._patience is not None:
+            self._patience.end()
+            self._patience = None
 
     def show(self, screen: RenderableType) -> None:
         """A screen, for people only."""
-        if self.mode == "human":
-            self._console().print(screen)
+        if self.mode != "human":
+            return
+        console = self._console()
+        if console.is_terminal:
+            console.print(screen)
+        else:  # no spaces at the ends of lines
+            with console.capture() as printed:
+                console.print(screen)
+            print("\n".join(line.rstrip() for line in printed.get().split("\n")), end="")
 
     def result(self, document: Mapping[str, Any] | list[Any], line: str) -> None:
         """What the command found: the document with `--json`, the line with `--quiet`."""
         from moe_compose.reporting.documents import plain
 
+        self.settle()
         if self.mode == "json":
             narrow = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
             print(json.dumps(plain(document), indent=2, ensure_ascii=narrow))
-        elif self.mode == "quiet":
+        elif self.mode == "quiet" and line:
             print(visible(line))
 
     def hint(self, text: str) -> None:
         """What to do next; not with `--quiet`."""
         if self.mode != "quiet":
-            self._console(stderr=True).print(visible(text), style="dim", soft_wrap=True)
+            self._say(runnable(text))
 
     def warn(self, text: str) -> None:
         """Something that deserves a look."""
-        self._console(stderr=True).print(f"Warning: {visible(text)}", style="yellow")
+        self._say(f"Warning: {text}", word="yellow")
 
     def error(self, error: MoeComposeError) -> None:
         """A sentence, the single problems, and what to do; with `--json` as a document too."""
-        if self.mode == "json":
-            found = {
-                "type": type(error).__name__,
-                "message": error.message,
-                "problems": list(error.problems),
-                "hint": error.hint,
-                "exit_code": error.exit_code,
-            }
-            self.result({"error": found}, "")
-        lines = [
-            *(f"  - {p}" for p in error.problems),
-            *([f"  {error.hint}"] if error.hint else []),
-        ]
-        self.failure(error.message, "\n".join(lines))
+        self.failure(
+            type(error).__name__, error.message, error.problems, error.hint, error.exit_code
+        )
 
-    def failure(self, message: str, more: str = "") -> None:
-        """`Error: message`, and lines under it."""
-        console = self._console(stderr=True)
-        console.print("Error:", style="bold red", end=" ")
-        console.print(visible(message), soft_wrap=True)
-        if more:
-            console.print(visible(more), soft_wrap=True)
+    def failure(
+        self, kind: str, message: str, problems: Sequence[str] = (), hint: str = "", code: int = 1
+    ) -> None:
+        """What went wrong, where it is no error of the library.
+
+        Args:
+            kind: what programs know it by.
+            message: a sentence.
+            problems: single faults.
+            hint: what to do next.
+            code: the exit code.
+        """
+        if self.mode == "json":
+            found = {"type": kind, "message": message, "problems": list(problems), "hint": hint}
+            self.result({"error": found | {"exit_code": code}}, "")
+        self._say(f"Error: {message}", word="bold red")
+        for line in (*(f"- {p}" for p in problems), *([hint] if hint else [])):
+            self._say(f"  {line}")
         if self.debug and sys.exc_info()[0] is not None:
-            console.print(visible(traceback.format_exc()), soft_wrap=True)
+            self._console(stderr=True).print(visible(traceback.format_exc()), soft_wrap=True)
 
     def text(self, line: str) -> None:
         """A line on stdout in every mode (`--version`)."""
+        self.settle()
         print(visible(line))
 
     @contextmanager
@@ -124,7 +152,7 @@ class Output:
         if self.mode == "quiet":
             yield
         elif console.is_terminal:
-            with console.status(visible(what)):
+            with self._above(console), console.status(visible(what)):
                 yield
         else:
             console.print(f"{visible(what)} ...", soft_wrap=True)
@@ -143,46 +171,59 @@ class Output:
         if self.mode == "quiet":
             yield None
         elif console.is_terminal:
-            with _bar(console, what, unit) as report:
+            from .bar import bar
+
+            with self._above(console), bar(console, visible(what), unit) as report:
                 yield report
         else:
             yield _lines(console, what, unit)
 
+    def _say(self, text: str, *, word: str = "") -> None:
+        """Prose on stderr: on a terminal broken at spaces, elsewhere not at all. `word` is the
+        style of the first word; the others have none, which every background can show.
+        """
+        from rich.text import Text
+
+        console = self._console(stderr=True)
+        shown = visible(text)
+        if console.is_terminal:
+            shown = "\n".join(_broken(line, console.width) for line in shown.split("\n"))
+        first = shown.partition(" ")[0]
+        console.print(Text.assemble((first, word), shown[len(first) :]), soft_wrap=True)
+
+    @contextmanager
+    def _above(self, console: Console) -> Iterator[None]:
+        """What goes to stderr meanwhile goes above what moves there."""
+        self._live = console
+        try:
+            yield
+        finally:
+            self._live = None
+
     def _console(self, *, stderr: bool = False) -> Console:
         from rich.console import Console
 
+        self.settle()
+        if stderr and self._live is not None:
+            return self._live
         return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-@contextmanager
-def _bar(console: Console, what: str, unit: str) -> Iterator[Count]:
-    from rich import progress as rich
-    from rich.text import Text
-
-    class _Rate(rich.ProgressColumn):
-        """The unit, and how many of it a second."""
-
-        def __init__(self, unit: str) -> None:
-            super().__init__()
-            self._unit = unit
-
-        def render(self, task: rich.Task) -> Text:
-            speed = task.finished_speed or task.speed
-            rate = f", {speed:,.0f}/s" if speed and speed >= 1 else ""
-            return Text(f"{self._unit}{rate}")
-
-    in_bytes = (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
-    counted = (rich.MofNCompleteColumn(), _Rate(unit))
-    columns = (
-        rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(bar_width=None),
-        rich.TextColumn("{task.percentage:>3.0f}%", markup=False),
-        *(in_bytes if unit == "bytes" else counted),
-        rich.TimeRemainingColumn(),
+def _broken(line: str, width: int) -> str:
+    """A line of prose, broken at spaces; a command stays whole, so that it can be copied."""
+    words = line.lstrip()
+    indent = " " * (len(line) - len(words))
+    if len(line) <= width or _COMMAND.match(line):
+        return line
+    hanging = indent + ("  " if words.startswith("- ") or not indent else "")
+    return textwrap.fill(
+        words,
+        width,
+        initial_indent=indent,
+        subsequent_indent=hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    with rich.Progress(*columns, console=console) as bar:
-        task = bar.add_task(visible(what), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _lines(console: Console, what: str, unit: str) -> Count:
@@ -194,18 +235,19 @@ def _lines(console: Console, what: str, unit: str) -> Count:
 
     begun = last = time.monotonic()
     first: int | None = None
+    ended = False
 
     def report(done: int, total: int) -> None:
-        nonlocal first, last
+        nonlocal first, last, ended
         now = time.monotonic()
         first = done if first is None else first  # what an earlier run left
         finished = done >= total
-        if not finished and now - last < LINE_SECONDS:
+        if ended or (not finished and now - last < LINE_SECONDS):
             return
-        last = now
+        last, ended = now, finished
         rate = (done - first) / max(now - begun, 1e-3) if done > first else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        speed = f", {text(round(rate))}/s" if rate else ""
+        speed = f", {text(round(rate))}/s" if rate >= 1 else ""
         share = done / total if total else 1
         rest = "" if finished else left
         begin = text(done) if unit == "bytes" else f"{done:,}"

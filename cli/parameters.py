@@ -57,7 +57,7 @@ def with_parameters(
     parameter: str,
     flags: list[inspect.Parameter],
 ) -> Callable[..., None]:
-    """`run` with the signature of `command`, but for one parameter that becomes flags.
+    """`run` with the signature of `command`, but for one parameter that becomes flags, the last.
 
     Args:
         run: what typer calls.
@@ -65,9 +65,9 @@ def with_parameters(
         parameter: of `command`.
         flags: in its place.
     """
-    own: list[inspect.Parameter] = []
-    for p in inspect.signature(command, eval_str=True).parameters.values():
-        own += flags if p.name == parameter else [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    given = inspect.signature(command, eval_str=True).parameters.values()
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in given if p.name != parameter]
+    own += flags
     run.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own}
     return run
@@ -115,7 +115,7 @@ def size_in_bytes(size: str | int) -> int:
 
 
 # Shared flags mean the same in every command.
-_FILES, _SHOWN = "Output", "What is shown"
+_FILES, _SHOWN, _TEXT = "Output", "What is shown", "Text"
 
 Output = Annotated[
     Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the result.")
@@ -163,9 +163,7 @@ Resume = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", help="Replace the checkpoint that is there.", rich_help_panel=_FILES
-    ),
+    typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=_FILES),
 ]
 Validate = Annotated[
     bool,
@@ -182,7 +180,7 @@ Data = Annotated[
         metavar="FILE",
         help="Text to compare on, UTF-8; by default a bundled sample.",
         show_default=False,
-        rich_help_panel=_FILES,
+        rich_help_panel=_TEXT,
     ),
 ]
 Domains = Annotated[
@@ -192,7 +190,7 @@ Domains = Annotated[
         metavar="NAME=FILE",
         help="Text of one domain; again for more files, and for more domains.",
         show_default=False,
-        rich_help_panel=_FILES,
+        rich_help_panel=_TEXT,
     ),
 ]
 Texts = Annotated[
@@ -202,7 +200,7 @@ Texts = Annotated[
         metavar="FILE",
         help="Text of no particular domain; again for more files.",
         show_default=False,
-        rich_help_panel=_FILES,
+        rich_help_panel=_TEXT,
     ),
 ]
 Model = Annotated[

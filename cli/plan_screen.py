@@ -15,14 +15,14 @@ from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.replace import Changed
 
 from .output import visible
-from .screens import facts, how_many, title
+from .screens import facts, how_many, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.architectures.estimates import ServingMemory
     from moe_compose.checkpoint.source import TensorSource
     from moe_compose.reporting.inspection import Inspection
 
-_KINDS = {"exact": "green", "approximate": "yellow", "none": "yellow"}
+_KINDS = {"exact": "green", "approximate": "bold", "none": "bold"}
 
 
 def _origins(source: TensorSource) -> Iterator[TensorSource]:
@@ -61,10 +61,10 @@ def plan_screen(plan: Plan, output: str) -> RenderableType:
     rows.append(("parameters", f"{before} → {count(p.total)} total, {count(p.active)} active"))
     copied = f", {summary.copied_bytes / max(summary.bytes, 1):.1%} of it copied as it is"
     local = all(b.weight_files for b in befores)
-    on_disk = f"{bytes_text(summary.bytes)} in {summary.tensors} tensors"
+    on_disk = f"{bytes_text(summary.bytes)} in {summary.tensors:,} tensors"
     rows.append(("bytes", on_disk + (copied if local else "")))
     rows.append(("to serve", _memory_line(summary.memory)))
-    rows += [("note" if i == 0 else "", note) for i, note in enumerate(plan.notes)]
+    rows += listed("note", [note for note in plan.notes if note not in rest])
     rows.append(("digest", plan.digest()))
     return Group(title(_operations(plan), f"→ {output}"), facts(rows))
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moe_compose.surgery.prune import REPORT_NAME
 
-from .screens import grid_of
+from .screens import grid_of, inset, title
 
 if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
@@ -26,4 +26,5 @@ def explain_screen(plan: Plan) -> RenderableType:
         rows.append((layer, "", "", f"kept: {kept}{guard}"))
         rows += [("", str(r["expert"]), f"{r['worth']:.4g}", r["why"]) for r in removed]
     head = ("layer", "expert", str(report["criterion"]), "why it goes")
-    return Group(Text(""), grid_of(head, rows))
+    what = "experts that go, the most valuable first, and those that stay"
+    return Group(Text(""), title("explained", what), inset(grid_of(head, rows)))

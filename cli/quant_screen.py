@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moe_compose.reporting.units import bytes_text
 
-from .screens import facts, grid_of, title
+from .screens import facts, grid_of, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.calibration.quantisation import LayerBits, QuantPlan
@@ -26,13 +26,13 @@ def quant_screen(plan: QuantPlan) -> RenderableType:
     low, high = options.bits_low, options.bits_high
     experts, total = ([bytes_text(n) for n in pair] for pair in (plan.bytes, plan.total_bytes))
     rows: list[tuple[str, RenderableType]] = [
-        ("experts", f"{plan.count(low)} at {low} bits, {plan.count(high)} at {high}"),
+        ("experts", f"{plan.count(low):,} at {low} bits, {plan.count(high):,} at {high}"),
         ("mean", f"{plan.mean_bits:.2f} bits a weight, scales left out"),
         ("bytes", f"experts {' → '.join(experts)}, checkpoint {' → '.join(total)}"),
         ("at stake", f"{plan.low_weight:.1%} of the sensitivity lies at {low} bits"),
         ("sensitivity", f"{options.measure}: {options.formula}"),
         ("", Text(options.reference, style="dim")),
-        *(("note" if i == 0 else "", note) for i, note in enumerate(plan.notes)),
+        *listed("note", plan.notes),
     ]
     head = ("layer", "least", "most", f"at {low} bits", "experts")
     table = grid_of(head, [_row(layer, low) for layer in plan.layers])

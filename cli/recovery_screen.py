@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
 from moe_compose.recovery.refit import REPORT_NAME as REFIT
@@ -13,7 +12,8 @@ from moe_compose.reporting.units import bytes_text, count
 from moe_compose.tradeoff.fewest import REPORT_NAME as MAX_KL
 from moe_compose.tradeoff.result import findings
 
-from .screens import facts, grid_of, title
+from .output import visible
+from .screens import grid_of, inset, title
 
 if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
@@ -26,12 +26,12 @@ def recovery_screen(plan: Plan) -> RenderableType:
     if (tried := plan.reports.get(MAX_KL)) is not None:
         rows = [_tried(c) for c in sorted(tried["tried"], key=lambda c: -c["keep"])]
         parts += [Text(""), title("tried", f"for KL ≤ {tried['max_kl']:g}, by bisection")]
-        parts.append(_indented(grid_of(("experts", "KL", "top-1", "loss"), rows)))
+        parts.append(inset(grid_of(("experts", "KL", "top-1", "loss"), rows)))
     if (found := plan.reports.get(REFIT)) is not None:
         layers = [_layer(number, entry) for number, entry in found["layers"].items()]
         what = "error of the routed output on held-out sequences"
         parts += [Text(""), title("refit", what)]
-        parts.append(_indented(grid_of(("layer", "before", "after", "experts", ""), layers)))
+        parts.append(inset(grid_of(("layer", "before", "after", "experts", ""), layers)))
     return Group(*parts)
 
 
@@ -55,9 +55,9 @@ def sweep_screen(found: Sweep) -> RenderableType:
     ]
     refitted = any(c.refitted for c in found.candidates)
     rest = "loss and KL in nats per token" + ("; all refitted" if refitted else "")
-    parts = [title(found.source, rest), _indented(grid_of(head, rows, 1))]
-    said = [("", text) for text in (*findings(found), *found.notes)]
-    return Group(*parts, *([facts(said)] if said else []))
+    parts = [title(found.source, rest), inset(grid_of(head, rows, 1))]
+    said = [inset(Text(visible(text))) for text in (*findings(found), *found.notes)]
+    return Group(*parts, *([Text("")] if said else []), *said)
 
 
 def _tried(entry: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -75,7 +75,3 @@ def _layer(number: str, entry: dict[str, Any]) -> tuple[str, str, str, str, str]
     said += f"{'; ' if said else ''}{left} with too few tokens" if left else ""
     after = f"{entry['after']:.3f}"
     return (number, f"{entry['before']:.3f}", after, str(len(entry["experts"])), said)
-
-
-def _indented(part: RenderableType) -> RenderableType:
-    return Padding(part, (0, 0, 0, 2), expand=False)

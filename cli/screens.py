@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from moe_compose.reporting.catalogue import FamilyRow, MethodRow
     from moe_compose.validation.report import Check, Receipt, ValidationReport
 
+#: Files of weights that are shown one by one.
+FILES = 8
+
 _SIGNS = {
     "pass": ("✓", "green"),
     "warn": ("!", "yellow"),
@@ -34,7 +37,13 @@ _SIGNS = {
 
 def title(text: str, rest: str = "") -> RenderableType:
     """A heading: a name, and what it is."""
-    return Text.assemble((visible(text), "bold"), "  " if rest else "", visible(rest))
+    if not rest:
+        return Text(visible(text), "bold")
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(2):
+        grid.add_column(overflow="fold")
+    grid.add_row(Text(visible(text), "bold"), Text(visible(rest)))
+    return grid
 
 
 def facts(rows: Sequence[tuple[str, RenderableType]]) -> RenderableType:
@@ -45,6 +54,21 @@ def facts(rows: Sequence[tuple[str, RenderableType]]) -> RenderableType:
     for label, value in rows:
         grid.add_row(label, Text(visible(value)) if isinstance(value, str) else value)
     return Padding(grid, (0, 0, 0, 2), expand=False)
+
+
+def listed(label: str, texts: Sequence[str]) -> list[tuple[str, RenderableType]]:
+    """Facts of one label; of several, each begins with a dash."""
+    if len(texts) == 1:
+        return [(label, texts[0])]
+    return [("" if i else label, _item(text)) for i, text in enumerate(texts)]
+
+
+def _item(text: str) -> RenderableType:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("-", Text(visible(text)))
+    return grid
 
 
 def grid_of(
@@ -61,6 +85,11 @@ def grid_of(
 
 def _indented(*parts: RenderableType) -> RenderableType:
     return Padding(Group(*parts), (1, 0, 0, 2), expand=False)
+
+
+def inset(part: RenderableType) -> RenderableType:
+    """What stands under a title."""
+    return Padding(part, (0, 0, 0, 2), expand=False)
 
 
 def how_many(found: Inspection) -> str:
@@ -103,12 +132,12 @@ def _inspection_facts(found: Inspection) -> list[tuple[str, RenderableType]]:
             rows.append(("names", ", ".join(named)))
     if found.parameters and found.parameters.mtp:
         rows.append(("MTP", f"{found.parameters.mtp:,} parameters, outside the counts below"))
-    dtypes = [f"{d} {bytes_text(s.bytes)} in {s.tensors}" for d, s in found.dtypes.items()]
+    dtypes = [f"{d} {bytes_text(s.bytes)} in {s.tensors:,}" for d, s in found.dtypes.items()]
     rows.append(("tensors", ", ".join(dtypes)))
     rows += history_rows(found.history)
     if found.validation is not None:
         rows.append(("validation", _verdict(found.validation)))
-    rows += [("note" if i == 0 else "", note) for i, note in enumerate(found.notes)]
+    rows += listed("note", found.notes)
     if found.revision:
         rows.append(("revision", found.revision))
     return rows
@@ -141,13 +170,18 @@ def _memory_table(found: Inspection) -> Iterator[RenderableType]:
     yield grid_of(("memory to serve", "weights", with_cache), rows, 1)
     if memory.cache_per_token:
         per = bytes_text(memory.cache_per_token)
-        text = f"key-value cache in bf16: {per} per token; activations come on top (10-20 %)"
+        text = f"key-value cache in bf16: {per} per token; activations come on top (10-20%)"
         yield Text(text, style="dim")
 
 
 def _files_table(found: Inspection) -> Table:
+    """All files; of many with weights, the first and the last."""
+    weights = list(found.weight_files.items())
+    if len(weights) > FILES:
+        between = f"{len(weights) - 2} files between"
+        weights = [weights[0], (between, sum(size for _, size in weights[1:-1])), weights[-1]]
     rows: list[Sequence[RenderableType]] = [
-        (name, bytes_text(size), "weights") for name, size in found.weight_files.items()
+        (name, bytes_text(size), "weights") for name, size in weights
     ]
     rows += [(name, bytes_text(size), "") for name, size in found.files.items()]
     table = grid_of(("file", "size", ""), rows)
@@ -226,7 +260,7 @@ def families_screen(rows: Sequence[FamilyRow]) -> RenderableType:
 def _family_text(row: FamilyRow) -> Text:
     grown = f"; grows from {', '.join(row.grown_from)}" if row.grown_from else ""
     star = " *" if row.decided_by else ""
-    return Text.assemble(row.experts, (grown, "green"), (f"\n{row.routing}{star}", "dim"))
+    return Text.assemble(row.experts, (grown, "green"), f"\n{row.routing}{star}")
 
 
 def methods_screen(rows: Sequence[MethodRow]) -> RenderableType:

@@ -12,7 +12,7 @@ from rich.text import Text
 from moe_compose.calibration.summary import LayerSummary, summarise
 from moe_compose.reporting.units import bytes_text
 
-from .screens import facts, grid_of, title
+from .screens import facts, grid_of, listed, title
 
 if TYPE_CHECKING:
     from moe_compose.calibration.stats import ExpertStats
@@ -40,7 +40,7 @@ def stats_screen(stats: ExpertStats) -> RenderableType:
         rows.append(("similarity", f"on {record.sample} tokens, {size} on disk"))
     if record.loo_tokens:
         rows.append(("masked", f"each expert in turn, on {record.loo_tokens:,} tokens"))
-    rows += [("note" if i == 0 else "", note) for i, note in enumerate(record.notes)]
+    rows += listed("note", record.notes)
     rows.append(("enough?", _verdict(layers)))
     table = Padding(_layers_table(layers), (1, 0, 0, 2), expand=False)
     return Group(title("statistics of experts"), facts(rows), table, _dim(_EXPLAINED))
@@ -74,7 +74,7 @@ def _layers_table(layers: Sequence[LayerSummary]) -> RenderableType:
             str(x.layer),
             str(x.experts),
             f"{x.busiest:.2f}",
-            Text(str(len(x.dead)), style="yellow" if x.dead else ""),
+            Text(str(len(x.dead)), style="bold" if x.dead else ""),
             _number(x.entropy),
             _number(x.mean_entropy),
             f"{x.jaccard:.2f}",

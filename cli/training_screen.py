@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
 from moe_compose.reporting.units import bytes_text, count
 
-from .screens import facts, grid_of, title
+from .screens import facts, grid_of, inset, title
 
 if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
@@ -34,16 +33,16 @@ def training_screen(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [
         Text(""),
         title("training", f"{report['loss']}, held-out text"),
-        _indented(grid_of(("step", "loss", ""), rows)),
+        inset(grid_of(("step", "loss", ""), rows)),
     ]
     if len(kept["domains"]) > 1:
         before = report["start"]["domains"]
         pairs = [(d, f"{before[d]:.4f}", f"{x:.4f}") for d, x in kept["domains"].items()]
-        parts += [Text(""), _indented(grid_of(("domain", "before", "after"), pairs))]
+        parts += [Text(""), inset(grid_of(("domain", "before", "after"), pairs))]
     layers = [(str(i), *_load(spread)) for i, spread in kept["layers"].items()]
     parts += [Text(""), title("load", "of the kept weights, on held-out text")]
     head = ("layer", "entropy", "dead", "largest / mean")
-    parts.append(_indented(grid_of(head, layers[: SHOWN * 4])))
+    parts.append(inset(grid_of(head, layers[: SHOWN * 4])))
     parts.append(facts(_facts(report)))
     return Group(*parts)
 
@@ -62,7 +61,7 @@ def _layers_screen(report: dict[str, Any]) -> RenderableType:
     ]
     head = ("layer", "before", "after", "entropy", "")
     what = "error of the layer's output, held-out text"
-    return Group(Text(""), title("training", what), _indented(grid_of(head, rows)))
+    return Group(Text(""), title("training", what), inset(grid_of(head, rows)))
 
 
 def intent_screen(name: str, found: Intent) -> RenderableType:
@@ -106,7 +105,3 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, RenderableType]]:
         ("speed", f"{report['tokens_per_second']:,} tokens/s, {report['seconds']:.0f} s"),
         ("ended", {"steps": "all steps done"}.get(report["stopped"], report["stopped"])),
     ]
-
-
-def _indented(part: RenderableType) -> RenderableType:
-    return Padding(part, (0, 0, 0, 2), expand=False)

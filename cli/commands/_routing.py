@@ -20,8 +20,8 @@ ExpertTexts = Annotated[
     typer.Option(
         "--data",
         metavar="[NAME=]FILE",
-        help="Text of the expert NAME; again for more files, and for more experts. Without a name, "
-        "the new expert's.",
+        help="Text of the expert NAME; again for more files, and for more experts. Where one is "
+        "added or swapped in, text without a name is that one's.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),

@@ -40,7 +40,7 @@ PushToHub = Annotated[
 Private = Annotated[
     bool,
     typer.Option(
-        "--private", help="Of a repository that is made: private.", rich_help_panel="Output"
+        "--private", help="Make the repository private, if it is new.", rich_help_panel="Output"
     ),
 ]
 

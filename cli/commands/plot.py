@@ -45,4 +45,5 @@ def plot(
 
     with out.waiting(f"drawing {picture.name}"):
         draw(ExpertStats.load(stats), picture, layer=layer, overwrite=overwrite)
+    out.hint(f"The picture is {picture}.")
     out.result({"picture": str(picture)}, str(picture))

@@ -105,7 +105,7 @@ def _show(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     out.show(recipe_screen(recipe, watch.plans))
     made = "" if recipe.output is None else f" The result would be {recipe.output}."
     out.hint(f"Dry run: nothing was run or written.{made}")
-    out.result(watch.document(recipe), "")
+    out.result(watch.document(recipe), str(recipe.output or ""))
 
 
 def _run(

@@ -109,7 +109,8 @@ def train_router(
 
     carry_out(source, output, how, lambda _: plan, training_screen)
     if adapter_out is not None:
-        out.hint(f"Adapters:\n  PeftModel.from_pretrained(model of {output}, {str(adapter_out)!r})")
+        model = f"AutoModelForCausalLM.from_pretrained({str(output)!r})"
+        out.hint(f"Adapters:\n  PeftModel.from_pretrained({model}, {str(adapter_out)!r})")
     _tidy(work)
 
 
@@ -132,7 +133,8 @@ def _show_intent(job: Training, options: TrainOptions) -> None:
 
     from ..training_screen import intent_screen
 
-    found = intent(job.source, job.texts, job.held, options, job.teacher)
+    with out.waiting("reading text"):
+        found = intent(job.source, job.texts, job.held, options, job.teacher)
     out.show(intent_screen(job.source.label, found))
     out.hint("Dry run: nothing was trained or written.")
     out.result({"dry_run": True, **asdict(found)}, f"{found.trained}")

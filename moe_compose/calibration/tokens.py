@@ -221,7 +221,9 @@ def tokenise(
             problems.append(e.message)
             continue
         if (found := sum(map(len, drawn))) < wanted:
-            log.warning("%s gives %d tokens of the %d wanted", domain.name, found, wanted)
+            log.warning(
+                "%s gives %s of the %s tokens wanted", domain.name, f"{found:,}", f"{wanted:,}"
+            )
         sequences += [TokenSequence(ids, index, i % 2) for i, ids in enumerate(drawn)]
     if problems:
         raise OptionError("this text cannot be run through this model", problems=problems)

@@ -115,7 +115,8 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise OptionError(f"cannot read {path}: {e}") from e
+        why = e.strerror if isinstance(e, OSError) else "it is no UTF-8 text"
+        raise OptionError(f"cannot read {path}: {why}") from e
     return parse_recipe(text, path.name, changes)
 
 

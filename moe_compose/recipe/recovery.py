@@ -89,12 +89,25 @@ class Recovery:
 
     def refitted(self, state: State, plan: Plan, source: TensorSource) -> Plan:
         """The plan with down-projections refitted, if that is asked for."""
-        from moe_compose.recovery.refit import refit
-
         if self.fitted is None:
             return plan
-        with state.layers("refitting") as progress:
-            return refit(plan, source, self.fitted, self.options, progress=progress)
+        return _refitted(state, plan, source, self.fitted, self.options)
+
+
+def _refitted(
+    state: State,
+    plan: Plan,
+    source: TensorSource,
+    texts: tuple[Domain, ...],
+    options: RefitOptions,
+) -> Plan:
+    from moe_compose.recovery.refit import refit
+
+    with state.layers("refitting") as count:
+        found = refit(plan, source, texts, options, progress=count)
+    if found is plan:
+        state.watch.remark("Nothing is refitted: no layer's error fell on held-out text.")
+    return found
 
 
 def _text_problems(given: Mapping[str, Any], by_data: bool) -> Iterator[str]:
@@ -116,7 +129,6 @@ def _text_problems(given: Mapping[str, Any], by_data: bool) -> Iterator[str]:
 
 def refit_plan(state: State, options: RefitOptions, given: Mapping[str, Any]) -> Plan:
     """Down-projections refitted to what was before."""
-    from moe_compose.recovery.refit import refit
     from moe_compose.surgery.plan import Plan
 
     if not isinstance(state.model, Plan) or state.before is None:
@@ -124,5 +136,4 @@ def refit_plan(state: State, options: RefitOptions, given: Mapping[str, Any]) ->
     texts = texts_of(given)
     if state.dry:
         return unchanged(state.model, "refit", LATER)
-    with state.layers("refitting") as progress:
-        return refit(state.model, state.before, texts, options, progress=progress)
+    return _refitted(state, state.model, state.before, texts, options)

@@ -37,6 +37,10 @@ def read_yaml(text: str, where: str) -> Entry:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return Entry(1, None) if node is None else _entry(loader, node)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        context = f", {error.context}" if error.context else ""
+        raise OptionError(f"{where}{line} is no YAML: {error.problem}{context}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise OptionError(f"{where} is no YAML: {error}") from error
 

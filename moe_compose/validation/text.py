@@ -62,7 +62,8 @@ def read_text(data: Path | None) -> Document:
     try:
         text = data.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise OptionError(f"cannot read {data.name} as UTF-8 text: {e}") from e
+        why = getattr(e, "strerror", None) or e
+        raise OptionError(f"cannot read {data} as UTF-8 text: {why}") from e
     if not text.strip():
         raise OptionError(f"{data.name} holds no text")
     return Document(data.name, text)

@@ -131,3 +131,9 @@ def test_the_rest_of_the_first_steps(command: Any, tmp_path: Path) -> None:
     assert "upcycle" in bare.out
     assert command("nonsense").code == 2
     assert command("inspect", tmp_path / "nowhere").code == 1
+
+
+@pytest.mark.parametrize("words", [("prune", "a"), ("--foo",), ("nonsense",)])
+def test_wrong_usage_is_one_document_too(command: Any, words: tuple[str, ...]) -> None:
+    ran = command(*words, "--json")
+    assert json.loads(ran.out)["error"]["exit_code"] == ran.code == 2

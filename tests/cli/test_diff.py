@@ -65,3 +65,15 @@ def test_exit_codes(command: Any, before: Path, after: Path, tmp_path: Path) -> 
     assert command("diff", before, after, "--exit-code").code == 3
     missing = command("diff", before, tmp_path / "nowhere", "--exit-code")
     assert missing.code == 1 and "there is no folder" in missing.err
+
+
+def test_the_same_tensor_of_several_layers_is_one_row(
+    monkeypatch: pytest.MonkeyPatch, command: Any, before: Path, tmp_path: Path
+) -> None:
+    """Its name whole, the layers beside it; also where the shapes changed."""
+    other = tmp_path / "other"
+    lively_checkpoint("qwen3_moe", other)
+    shown = command("diff", before, other).out
+    tensors = shown[shown.index("other tensors") :]
+    assert "model.layers.*.self_attn.q_norm.weight" in tensors
+    assert tensors.count("q_norm") == 1 and "0 to 2" in tensors
