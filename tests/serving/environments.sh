@@ -5,7 +5,7 @@
 #   tests/serving/environments.sh llama_cpp vllm       these
 #
 # MOE_COMPOSE_SERVING says where (.venvs/serving), PYTHON with what (python3, 3.11 to 3.13).
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu keeps gigabytes of CUDA out.
+# An index of CPU builds (PIP_EXTRA_INDEX_URL) keeps gigabytes of CUDA out.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
