@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.composition.kept import stats_of, with_stats
-from moe_compose.composition.options import RoutingOptions
-from moe_compose.errors import UnsupportedError
+from moe_compose.composition.kept import SEARCH_NAME, stats_of, with_stats
+from moe_compose.composition.options import RoutingOptions, idle_text
+from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.surgery import add_expert as adding
 from moe_compose.surgery import remove_expert as removing
 from moe_compose.surgery import swap_expert as swapping
@@ -75,6 +75,8 @@ def add_expert(
     name = options.name or str(at)
     by_text = _own(texts, name) is not None or _packed_stats(given) is not None
     router = options.router or ("ridge" if by_text else "copy")
+    if problems := idle_text(texts, router):
+        raise OptionError("these options cannot be meant", problems=problems)
     settled = replace(options, router=router)
     plan = adding.add_expert(source, given, settled)
     check_base(source, given)
@@ -114,6 +116,8 @@ def swap_expert(
         OptionError, UnsupportedError: as for `add_expert`.
     """
     given = donor if isinstance(donor, Donor) else Donor(donor.label, donor)
+    if problems := idle_text(texts, options.router):
+        raise OptionError("these options cannot be meant", problems=problems)
     plan = swapping.swap_expert(source, given, options)
     check_base(source, given)
     at = int(plan.decided["expert"])
@@ -143,6 +147,7 @@ def remove_expert(source: TensorSource, options: RemoveOptions) -> Plan:
         UnsupportedError: a selection that the family cannot hold.
     """
     plan = removing.remove_expert(source, options)
+    plan = replace(plan, files={n: p for n, p in plan.files.items() if n != SEARCH_NAME})
     stats = stats_of(source)
     if stats is None:
         return plan

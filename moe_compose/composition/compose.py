@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.composition.options import Method, RoutingOptions
+from moe_compose.composition.options import Method, RoutingOptions, idle_text
 from moe_compose.errors import OptionError
 from moe_compose.surgery.compose import plan_composition
 from moe_compose.surgery.compose_options import (
@@ -109,6 +109,8 @@ def _evidence_problems(
             )
     elif embeddings:
         problems.append(f"embeddings have no meaning for router = {options.router}")
+    if options.shared != "best":
+        problems += idle_text(texts, options.router or "")
     return problems
 
 
@@ -165,7 +167,8 @@ class _Work:
     def _loss(self, plan: Plan) -> float:
         """Mean over the domains, in nats per token; where rows follow from text, of other text."""
         from moe_compose.calibration.texts import tokens_of
-        from moe_compose.composition.search import SEARCH_NAME, joined
+        from moe_compose.composition.kept import SEARCH_NAME
+        from moe_compose.composition.search import joined
         from moe_compose.evaluation.measure import evaluate
         from moe_compose.evaluation.options import EvaluateOptions
 

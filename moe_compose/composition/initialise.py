@@ -54,9 +54,10 @@ def route_by_text(
         >>> written = mc.write(plan, "out/")                                   # doctest: +SKIP
         >>> stats.save("out/")                                                 # doctest: +SKIP
     """
+    from moe_compose.composition.kept import SEARCH_NAME
     from moe_compose.composition.measure import indices_of, measure
     from moe_compose.composition.rows import solve, with_rows
-    from moe_compose.composition.search import SEARCH_NAME, joined, search
+    from moe_compose.composition.search import joined, search
     from moe_compose.surgery.selection import moe_form
 
     options = options or RoutingOptions()

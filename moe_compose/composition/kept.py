@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: Where the statistics lie in a checkpoint.
 STATS_PLACE = f"{EXTRA_FOLDER}/router_stats.safetensors"
 
+#: How the lengths of router rows were searched, beside the result.
+SEARCH_NAME = "routing_search.json"
+
 
 def stats_of(source: TensorSource) -> RouterStats | None:
     """The statistics that came with a model; None where there are none.

@@ -12,11 +12,11 @@ from moe_compose.calibration.texts import tokens_of
 from moe_compose.calibration.tokens import TokenSet
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.composition.initialise import said_options
-from moe_compose.composition.kept import stats_of, with_stats, work_folder
+from moe_compose.composition.kept import SEARCH_NAME, stats_of, with_stats, work_folder
 from moe_compose.composition.measure import measure
 from moe_compose.composition.options import Method, RoutingOptions
 from moe_compose.composition.rows import solve, with_rows
-from moe_compose.composition.search import SEARCH_NAME, Search, joined, search_added
+from moe_compose.composition.search import Search, joined, search_added
 from moe_compose.composition.statistics import RouterStats
 from moe_compose.errors import OptionError
 from moe_compose.recovery.ridge import solve as ridge_solve

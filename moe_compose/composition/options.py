@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from moe_compose.checkpoint.source import FLOAT_DTYPES
 from moe_compose.errors import OptionError
 
 #: How a row follows from an expert's text.
 Method = Literal["ridge", "hidden"]
+
+#: Starts of a router's rows that look at no text.
+_BLIND = ("trained", "copy", "keep", "domain", "random", "zeros")
+
+
+def idle_text(texts: Mapping[str, Any] | None, router: str) -> list[str]:
+    """What is the matter with text that nothing would read."""
+    if not texts or router not in _BLIND:
+        return []
+    names = ", ".join(texts)
+    return [
+        f"text of {names} has no use with router = {router}, which looks at none: say --router "
+        "ridge for rows that follow from it, or leave it out"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

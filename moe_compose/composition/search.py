@@ -27,9 +27,6 @@ from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.evaluation.sums import Sums
 from moe_compose.runtime import Layer, Runner
 
-#: What the search found, beside the result.
-SEARCH_NAME = "routing_search.json"
-
 #: Lengths of rows that are tried.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 

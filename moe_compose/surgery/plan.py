@@ -209,16 +209,19 @@ class Plan:
         return tuple(sorted({_pattern(name) for name in made}))
 
     def copied(self) -> tuple[str, ...]:
-        """Patterns of outputs that all are a source's tensor of the same name, byte for byte."""
+        """Patterns of outputs that all are, byte for byte, the tensor of their name of the source
+        that the plan is stated of.
+        """
         changed = {_pattern(o.name) for o in self.outputs if not self._is_copy(o.name)}
         return tuple(sorted({_pattern(o.name) for o in self.outputs} - changed))
 
     def _is_copy(self, name: str) -> bool:
         """Whether an output is the source's tensor of its name, also through plans of plans."""
         value = self._by_name[name].value
-        if not isinstance(value, Read) or value.tensor.name != name:
+        stated = self.preservation.reference or next(iter(self.sources))
+        if not isinstance(value, Read) or (value.source, value.tensor.name) != (stated, name):
             return False
-        source = self.sources[value.source]
+        source = self.sources[stated]
         return not isinstance(source, Plan) or source._is_copy(name)
 
     def record(self) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from torch.nn.functional import normalize
 import moe_compose as mc
 from moe_compose.calibration.tokens import TokenSet
 from moe_compose.composition.divergence import REPORT_NAME
-from moe_compose.composition.kept import STATS_PLACE, stats_of
-from moe_compose.composition.search import SEARCH_NAME
+from moe_compose.composition.kept import SEARCH_NAME, STATS_PLACE, stats_of
 
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
 LAYERS = range(3)
 #: Lengths are given: nothing is held out, nothing searched.
 FIXED = mc.RoutingOptions(batch=4, row_scale=2.0)
+
+DRAWN = mc.ComposeOptions(router="random")
 
 Models = dict[str, mc.Checkpoint]
 
@@ -351,3 +352,48 @@ def test_what_packing_needs(moe: mc.Checkpoint, models: Models) -> None:
     plan = mc.pack_expert(models["de"], base=models["base"], name="de")
     assert STATS_PLACE not in plan.files
     assert plan.reports["expert.json"]["name"] == "de"
+
+
+def test_an_expert_of_the_same_number_is_no_copy(models: Models, tmp_path: Path) -> None:
+    """Another model's expert 1 in the place of expert 1 is not taken for the source's own."""
+    moes = {}
+    for name in ("py", "math"):
+        plan = mc.compose(models["base"], {name: models[name]}, mc.ComposeOptions(shared="base"))
+        moes[name] = mc.write(plan, tmp_path / name)
+    donor = mc.Donor("math", moes["math"], 1)
+    plan = mc.swap_expert(moes["py"], donor, mc.SwapOptions(expert="1"))
+    assert not any("experts" in pattern for pattern in plan.copied())
+    assert any("q_proj" in pattern for pattern in plan.copied())
+    swapped = mc.write(plan, tmp_path / "swapped")
+    report = mc.validate(swapped, against=moes["py"], preservation=plan.preservation)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize(
+    ("router", "change"),
+    [
+        (
+            "random",
+            lambda m, t: mc.compose(m["base"], two(m), mc.ComposeOptions(router="random"), t),
+        ),
+        ("copy", lambda m, t: mc.add_expert(m["moe"], m["de"], mc.AddOptions(name="de"), t)),
+        ("keep", lambda m, t: mc.swap_expert(m["moe"], m["de"], mc.SwapOptions(expert="py"), t)),
+    ],
+)
+def test_text_that_nothing_reads(
+    router: str, change: Any, models: Models, moe: mc.Checkpoint, texts: dict[str, TokenSet]
+) -> None:
+    with pytest.raises(mc.OptionError, match=f"no use with router = {router}"):
+        change({**models, "moe": moe}, known(texts))
+
+
+def test_a_removed_expert_leaves_no_record_of_its_search(
+    models: Models, moe: mc.Checkpoint, texts: dict[str, TokenSet], tmp_path: Path
+) -> None:
+    options = mc.RoutingOptions(batch=4, tokens=256)
+    plan = mc.add_expert(moe, models["de"], mc.AddOptions(name="de"), texts, routing=options)
+    grown = mc.write(plan, tmp_path / "grown")
+    assert SEARCH_NAME in plan.reports and (tmp_path / "grown" / SEARCH_NAME).is_file()
+    less = mc.write(mc.remove_expert(grown, mc.RemoveOptions(expert=("de",))), tmp_path / "less")
+    assert not (tmp_path / "less" / SEARCH_NAME).exists()
+    assert all(torch.equal(less.read(n), moe.read(n)) for n in moe.tensors)

@@ -19,10 +19,11 @@ from torch import Tensor
 import moe_compose as mc
 from moe_compose.calibration.tokens import TokenSet
 from moe_compose.composition.initialise import route_by_text
+from moe_compose.composition.kept import SEARCH_NAME
 from moe_compose.composition.measure import measure
 from moe_compose.composition.options import RoutingOptions
 from moe_compose.composition.rows import solve, with_rows
-from moe_compose.composition.search import SCALES, SEARCH_NAME
+from moe_compose.composition.search import SCALES
 from moe_compose.composition.statistics import RouterStats
 
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
