@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from moe_compose.reporting.difference import STATUSES
 from moe_compose.reporting.units import bytes_text, count
 
 from .screens import facts, grid_of, title
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
 #: Tensors, and config entries, that are shown; all are in the JSON document.
 MOST = 20
 
-_STYLES = {"added": "green", "removed": "red", "changed": "yellow", "moved": "cyan"}
+_STYLES = {
+    "added": "green",
+    "removed": "red",
+    "changed": "yellow",
+    "moved": "cyan",
+    "copied": "cyan",
+}
 _EXPLAINED = (
-    "moved: the same bytes under another index. rows: experts in both whose rows of the router are "
-    "the same bytes. distance: the largest ‖after − before‖ / ‖before‖ of an expert"
+    "moved: the same bytes under another index; copied: once more. distance: the largest ‖after − "
+    "before‖ / ‖before‖ of an expert. rows: experts in both whose rows of the router are the same "
+    "bytes; apart: the largest such distance of the others' rows"
 )
 
 
@@ -106,14 +114,16 @@ def _more(total: int) -> list[RenderableType]:
 
 
 def _experts(layers: Sequence[LayerChange]) -> RenderableType:
-    head = ("layers", "same", "moved", "changed", "added", "removed", "rows", "distance")
-    rows: list[Sequence[RenderableType]] = []
+    """A line for neighbours with the same figures; a column where there is something to say."""
+    head = ("layers", *STATUSES, "distance", "rows", "apart")
+    rows: list[tuple[str, ...]] = []
     usual = _stem(layers[0])
     for (stem, shown), alike in groupby(layers, key=lambda x: (_stem(x), _row(x))):
         numbers = [layer.block.rpartition(".")[2] for layer in alike]
         name = numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
         rows.append((name if stem == usual else f"{stem}.{name}", *shown))
-    return grid_of(head, rows, 1)
+    said = [any(row[i] != "–" for row in rows) for i in range(len(head))]
+    return grid_of(tuple(compress(head, said)), [tuple(compress(row, said)) for row in rows], 1)
 
 
 def _stem(layer: LayerChange) -> str:
@@ -125,8 +135,9 @@ def _row(layer: LayerChange) -> tuple[str, ...]:
     """A layer's figures; neighbours with the same ones are shown as one."""
     counts = layer.counts
     kept, both = layer.rows
-    shown = [str(counts[s] or "–") for s in ("same", "moved", "changed", "added", "removed")]
-    return (*shown, f"{kept} of {both}" if both else "–", _distance(layer.worst()))
+    shown = [str(counts[s] or "–") for s in STATUSES]
+    rows = f"{kept} of {both}" if both else "–"
+    return (*shown, _distance(layer.worst()), rows, _distance(layer.worst_row()))
 
 
 def _distance(value: float | None) -> str:
@@ -155,6 +166,7 @@ def _verdict(found: Difference) -> RenderableType:
     what = [
         ("config", bool(found.config)),
         ("experts", not found.same_experts),
+        ("router rows", not found.same_rows),
         ("other tensors", bool(found.tensors)),
         ("files", bool(found.files)),
     ]

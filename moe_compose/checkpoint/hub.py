@@ -192,7 +192,8 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         if not HF_HUB_OFFLINE:
             raise _out_of_reach(repo, error) from error
         raise CheckpointError(
-            f"{label_of(repo, revision)} is not in the Hub's cache, and HF_HUB_OFFLINE is set",
+            f"{label_of(repo, revision)} is no folder here and not in the Hub's cache, and "
+            "HF_HUB_OFFLINE is set",
             hint="Unset it, download the model before, or give the path of a folder.",
         ) from error
     except Exception as error:  # those of the HTTP client come through; which client has changed
@@ -202,6 +203,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 def _out_of_reach(repo: str, error: Exception) -> CheckpointError:
     first_line = str(error).partition("\n")[0]
     return CheckpointError(
-        f"cannot read {repo} from the Hub ({type(error).__name__}: {first_line})",
+        f"there is no folder {repo} here, and the Hub cannot be read "
+        f"({type(error).__name__}: {first_line})",
         hint="Check the connection and HF_ENDPOINT; or give the path of a folder.",
     )

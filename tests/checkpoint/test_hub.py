@@ -179,5 +179,8 @@ def test_errors_of_the_hub_have_a_next_step(
 def test_out_of_reach(hub: Hub, monkeypatch: pytest.MonkeyPatch, headers_only: bool) -> None:
     hub.files = {"config.json": CONFIG}
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(CheckpointError, match=r"(?s)cannot read org/toy.*Check the connection"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)no folder org/toy here, and the Hub cannot be read.*Check the connection",
+    ):
         Checkpoint.open("org/toy", headers_only=headers_only)
