@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from moe_compose.reporting.difference import STATUSES
 from moe_compose.reporting.units import bytes_text, count
 
 from .screens import facts, grid_of, inset, listed, title
@@ -25,10 +26,11 @@ MOST = 20
 #: The number of a layer.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-_STYLES = {"added": "green", "removed": "red", "changed": "magenta", "moved": ""}
+_STYLES = {"added": "green", "removed": "red", "changed": "magenta", "moved": "", "copied": ""}
 _EXPLAINED = (
-    "moved: the same bytes under another index. rows: experts in both whose rows of the router are "
-    "the same bytes. distance: the largest ‖after − before‖ / ‖before‖ of an expert"
+    "moved: the same bytes under another index; copied: once more. distance: the largest ‖after − "
+    "before‖ / ‖before‖ of an expert. rows: experts in both whose rows of the router are the same "
+    "bytes; apart: the largest such distance of the others' rows"
 )
 
 
@@ -106,17 +108,21 @@ def _more(total: int) -> list[RenderableType]:
 
 
 def _experts(layers: Sequence[LayerChange]) -> RenderableType:
-    head = ("layers", "same", "moved", "changed", "added", "removed", "rows", "distance")
-    rows: list[Sequence[RenderableType]] = []
-    usual, counted = _stem(layers[0]), 6 if len(layers) > MOST else 7
-    for (stem, _), alike in groupby(layers, key=lambda x: (_stem(x), _row(x)[:counted])):
+    """A line for neighbours with the same figures, of many layers also for those that differ in the
+    distances only; a column where there is something to say.
+    """
+    head = ("layers", *STATUSES, "rows", "distance", "apart")
+    rows: list[tuple[str, ...]] = []
+    usual, many = _stem(layers[0]), len(layers) > MOST
+    key = _counts if many else lambda x: (*_counts(x), *_distances([x]))
+    for (stem, _), alike in groupby(layers, key=lambda x: (_stem(x), key(x))):
         found = list(alike)
         numbers = [layer.block.rpartition(".")[2] for layer in found]
         name = numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-        worst = max((d for layer in found if (d := layer.worst()) is not None), default=None)
-        shown = (*_row(found[0])[:-1], _distance(worst))
+        shown = (*_counts(found[0]), *_distances(found))
         rows.append((name if stem == usual else f"{stem}.{name}", *shown))
-    return grid_of(head, rows, 1)
+    said = [any(row[i] != "–" for row in rows) for i in range(len(head))]
+    return grid_of(tuple(compress(head, said)), [tuple(compress(row, said)) for row in rows], 1)
 
 
 def _stem(layer: LayerChange) -> str:
@@ -124,14 +130,19 @@ def _stem(layer: LayerChange) -> str:
     return layer.block.rpartition(".")[0]
 
 
-def _row(layer: LayerChange) -> tuple[str, ...]:
-    """A layer's figures; neighbours with the same ones are shown as one, and of many layers also
-    those that differ in the distance only.
-    """
+def _counts(layer: LayerChange) -> tuple[str, ...]:
+    """How many experts there are of each status, and how many rows went with theirs."""
     counts = layer.counts
     kept, both = layer.rows
-    shown = [str(counts[s] or "–") for s in ("same", "moved", "changed", "added", "removed")]
-    return (*shown, f"{kept} of {both}" if both else "–", _distance(layer.worst()))
+    rows = f"{kept} of {both}" if both else "–"
+    return (*(str(counts[s] or "–") for s in STATUSES), rows)
+
+
+def _distances(layers: Sequence[LayerChange]) -> tuple[str, str]:
+    """The largest of experts, and of rows."""
+    found = [[x.worst() for x in layers], [x.worst_row() for x in layers]]
+    most = [max((d for d in each if d is not None), default=None) for each in found]
+    return _distance(most[0]), _distance(most[1])
 
 
 def _distance(value: float | None) -> str:
@@ -184,6 +195,7 @@ def _verdict(found: Difference) -> RenderableType:
     what = [
         ("config", bool(found.config)),
         ("experts", not found.same_experts),
+        ("router rows", not found.same_rows),
         ("other tensors", bool(found.tensors)),
         ("files", bool(found.files)),
     ]

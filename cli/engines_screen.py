@@ -30,7 +30,7 @@ def engines_screen(report: ValidationReport) -> RenderableType:
         grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for engine in report.engines:
-        sign, style = _SIGNS[engine.verdict]
+        sign, style = _SIGNS["differs" if engine.failed else engine.verdict]
         grid.add_row(Text(sign, style), Text(visible(engine.engine)), _text(engine))
     against = f"against transformers {report.versions.get('transformers', '')}, float32"
     return Group(title("engines", against), Padding(grid, (0, 0, 0, 2), expand=False), Text(""))
@@ -39,6 +39,8 @@ def engines_screen(report: ValidationReport) -> RenderableType:
 def _text(engine: Served) -> Text:
     version = f" in {engine.version}" if engine.version else ""
     text = Text(visible(f"{engine.verdict}{version}: {engine.detail}"))
+    if engine.failed:
+        text.append("; it was named (--engine-python), so that this counts as a failure")
     if not engine.rules and engine.verdict == "not run":
         text.append("; it breaks no rule known of this engine")
     for rule in engine.rules:

@@ -63,6 +63,7 @@ class Output:
         self.mode: Mode = "human"
         self.debug = False
         self.interrupted = ""
+        self._told = False
         self._live: Console | None = None
         self._patience: Patience | None = None
 
@@ -101,6 +102,7 @@ class Output:
         if self.mode == "json":
             narrow = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
             print(json.dumps(plain(document), indent=2, ensure_ascii=narrow))
+            self._told = True
         elif self.mode == "quiet" and line:
             print(visible(line))
 
@@ -131,7 +133,7 @@ class Output:
             hint: what to do next.
             code: the exit code.
         """
-        if self.mode == "json":
+        if self.mode == "json" and not self._told:  # one document
             found = {"type": kind, "message": message, "problems": list(problems), "hint": hint}
             self.result({"error": found | {"exit_code": code}}, "")
         self._say(f"Error: {message}", word="bold red")

@@ -133,8 +133,6 @@ class Followed(Shown):
         out.show(Text(f"written: {done.folder}"))
         if done.report is not None:
             out.show(report_screen(done.report))
-        if done.pushed:
-            out.hint(f"On the Hub: {done.pushed}")
 
 
 def _screens(operation: str, result: Any) -> Iterator[RenderableType]:

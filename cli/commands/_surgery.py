@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from moe_compose.checkpoint.destination import Destination
     from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.errors import MoeComposeError
     from moe_compose.surgery.plan import Plan
     from moe_compose.validation.report import ValidationReport
 
@@ -38,6 +39,17 @@ class How:
     data: Path | None
     push_to_hub: str | None = None
     private: bool = False
+
+    def __post_init__(self) -> None:
+        """What cannot be pushed shall not come out after hours."""
+        from moe_compose.errors import OptionError
+
+        if self.push_to_hub is not None:
+            from moe_compose.reporting.hub import check_repo
+
+            check_repo(self.push_to_hub)
+        elif self.private:
+            raise OptionError("--private has no meaning without --push-to-hub ORG/NAME")
 
     @property
     def where(self) -> dict[str, Any]:
@@ -72,10 +84,6 @@ def carry_out(
 
     begun = time.monotonic()
     _check_text(how.data)
-    if how.push_to_hub is not None:
-        from moe_compose.reporting.hub import check_repo
-
-        check_repo(how.push_to_hub)
     original = Checkpoint.open(source, headers_only=how.dry_run)
     plan = make(original)
     destination = publish.check_destination(plan, output, **how.where)
@@ -92,11 +100,15 @@ def carry_out(
         if how.validate:
             report = _validate(written, _reference(plan, original), plan, how.data)
         _say_next(written, output, source, report)
-        if how.push_to_hub is not None and (report is None or report.ok):
-            _push(written, how.push_to_hub, how.private)
     document = {"dry_run": how.dry_run, "seconds": round(time.monotonic() - begun, 3)}
     found = _document(plan, original, output, destination, report)
+    failed = None
+    if not how.dry_run and how.push_to_hub is not None:
+        found["pushed"], failed = _push(written, report, how.push_to_hub, how.private)
     out.result(found | document, str(output))
+    if failed is not None:
+        out.error(failed)
+        raise typer.Exit(failed.exit_code)
     if report is not None and not report.ok:
         raise typer.Exit(3)
 
@@ -109,13 +121,25 @@ def _check_text(data: Path | None) -> None:
         read_text(data)
 
 
-def _push(written: Checkpoint, repo: str, private: bool) -> None:
-    """To the Hub, what is valid."""
+def _push(
+    written: Checkpoint, report: ValidationReport | None, repo: str, private: bool
+) -> tuple[str | None, MoeComposeError | None]:
+    """To the Hub, what is valid; the address, or why there is none: the result is told of all the
+    same.
+    """
+    from moe_compose.errors import MoeComposeError
     from moe_compose.reporting.hub import push
 
+    if report is not None and not report.ok:
+        out.warn(f"{written.label} is not pushed to {repo}: it is not valid")
+        return None, None
     with out.waiting(f"pushing {written.label} to {repo}"):
-        url = push(written, repo, private=private)
+        try:
+            url = push(written, repo, private=private)
+        except MoeComposeError as error:
+            return None, error
     out.hint(f"On the Hub: {url}")
+    return url, None
 
 
 def _preflight(plan: Plan) -> None:

@@ -51,6 +51,29 @@ class RemoteFiles:
         }
         return cls(repo, info.sha or revision or "main", label_of(repo, revision), sizes)
 
+    def fetch(self, name: str) -> Path | None:
+        """One file, downloaded into the Hub's cache or found there; None where there is none.
+
+        Files in folders are not listed: of a model without one, each call asks the Hub.
+
+        Raises:
+            CheckpointError: out of reach, and not in the cache.
+        """
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        if "/" not in name and name not in self.sizes:
+            return None
+        with _hub_errors(self.repo, self.commit):
+            try:
+                return Path(hf_hub_download(self.repo, name, revision=self.commit))
+            except LocalEntryNotFoundError:
+                if "/" not in name:
+                    raise
+                return None  # offline, nobody knows of more than was downloaded
+            except EntryNotFoundError:
+                return None
+
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
         """Exactly these bytes, by a range request.
 
@@ -89,6 +112,27 @@ class RemoteFiles:
         return bytes(got[:nbytes])
 
 
+def listed(repo: str, revision: str | None) -> RemoteFiles | None:
+    """A model's files, not downloaded; None where the Hub is out of reach, but the model was
+    downloaded before.
+
+    Raises:
+        CheckpointError: not found, gated, or out of reach and not in the cache.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return RemoteFiles.of(repo, revision)
+    except CheckpointError as error:
+        answered = isinstance(error.__cause__, HfHubHTTPError | HFValidationError)
+        if answered or not isinstance(
+            try_to_load_from_cache(repo, "config.json", revision=revision), str
+        ):
+            raise
+    return None
+
+
 def download(repo: str, revision: str | None) -> tuple[Path, str]:
     """Download a model into the Hub's cache, or find it there; pickles and code are left out.
 
@@ -115,9 +159,12 @@ def label_of(repo: str, revision: str | None) -> str:
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Whatever the Hub's library raises, said in one sentence with a next step."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -141,9 +188,22 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"not a Hub id ({repo!r}): {error}") from error
-    except Exception as error:  # those of the HTTP client come through; which client has changed
-        first_line = str(error).partition("\n")[0]
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        if not HF_HUB_OFFLINE:
+            raise _out_of_reach(repo, error) from error
         raise CheckpointError(
-            f"cannot read {repo} from the Hub ({type(error).__name__}: {first_line})",
-            hint="Check the connection and HF_ENDPOINT; or give the path of a folder.",
+            f"{label_of(repo, revision)} is no folder here and not in the Hub's cache, and "
+            "HF_HUB_OFFLINE is set",
+            hint="Unset it, download the model before, or give the path of a folder.",
         ) from error
+    except Exception as error:  # those of the HTTP client come through; which client has changed
+        raise _out_of_reach(repo, error) from error
+
+
+def _out_of_reach(repo: str, error: Exception) -> CheckpointError:
+    first_line = str(error).partition("\n")[0]
+    return CheckpointError(
+        f"there is no folder {repo} here, and the Hub cannot be read "
+        f"({type(error).__name__}: {first_line})",
+        hint="Check the connection and HF_ENDPOINT; or give the path of a folder.",
+    )

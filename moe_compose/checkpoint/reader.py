@@ -39,6 +39,8 @@ from moe_compose.errors import CheckpointError, OptionError
 if TYPE_CHECKING:
     import torch
 
+    from moe_compose.checkpoint.hub import RemoteFiles
+
 log = logging.getLogger("moe_compose")
 
 _NOT_CARRIED = (
@@ -73,6 +75,7 @@ class Checkpoint:
     revision: str | None
     weight_files: tuple[Path, ...]
     _extents: Mapping[str, Extent]
+    _remote: RemoteFiles | None = None
 
     @classmethod
     def open(
@@ -99,22 +102,11 @@ class Checkpoint:
             >>> dense.tensors["model.norm.weight"].shape  # doctest: +SKIP
             (1024,)
         """
-        folder = Path(os.path.abspath(os.path.expanduser(path_or_id)))
-        if os.path.isdir(folder) and os.fspath(path_or_id):
-            if revision is not None:
-                raise OptionError(f"a folder has no revisions ({revision!r} for {path_or_id})")
-            return cls._of(LocalFiles.of(folder, folder.name or "/"), None)
-        repo, revision = _hub_id(path_or_id, folder, revision)
-        from moe_compose.checkpoint import hub
-
-        if headers_only:
-            remote = hub.RemoteFiles.of(repo, revision)
-            return cls._of(remote, remote.commit)
-        path, commit = hub.download(repo, revision)
-        return cls._of(LocalFiles.of(path, hub.label_of(repo, revision)), commit)
+        files, remote = files_of(path_or_id, revision, headers_only=headers_only)
+        return cls._of(files, remote)
 
     @classmethod
-    def _of(cls, files: Files, revision: str | None) -> Checkpoint:
+    def _of(cls, files: Files, remote: RemoteFiles | None) -> Checkpoint:
         headers = read_headers(files)
         config = read_config(files)
         tensors, extents = {}, {}
@@ -129,9 +121,10 @@ class Checkpoint:
             tensors=MappingProxyType(tensors),
             files=MappingProxyType({} if files.path is None else _carried_files(files.path)),
             path=files.path,
-            revision=revision,
+            revision=remote.commit if remote is not None else None,
             weight_files=() if files.path is None else tuple(files.path / file for file in headers),
             _extents=extents,
+            _remote=remote,
         )
 
     def __repr__(self) -> str:
@@ -141,6 +134,19 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def document(self, name: str) -> Path | None:
+        """A small file beside the weights, whether it travels along or not, such as
+        `validation.json`; None where there is none. Of a model on the Hub it is fetched.
+
+        Raises:
+            CheckpointError: the Hub is out of reach.
+        """
+        path = self.path / name if self.path is not None else None
+        if path is not None and path.is_file():
+            assert self.path is not None
+            return path if _stays_inside(self.path, path) else None
+        return self._remote.fetch(name) if self._remote is not None else None
 
     def digest(self) -> str:
         """Hex SHA-256 of config, names, dtypes and shapes; the same however they are sharded."""
@@ -205,6 +211,31 @@ class Checkpoint:
             f"{self.label} has no tensor {shown(name)}",
             hint=f"Did you mean {' or '.join(map(shown, close))}?" if close else "",
         )
+
+
+def files_of(
+    path_or_id: str | Path, revision: str | None = None, *, headers_only: bool = False
+) -> tuple[Files, RemoteFiles | None]:
+    """Where the files of a folder, or of a model or adapter on the Hub, are: on this machine, after
+    a download if need be; and on the Hub, unless it is a folder.
+
+    Raises:
+        CheckpointError: missing, or out of reach.
+        OptionError: a revision for a folder, or two different ones.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(path_or_id)))
+    if os.path.isdir(folder) and os.fspath(path_or_id):
+        if revision is not None:
+            raise OptionError(f"a folder has no revisions ({revision!r} for {path_or_id})")
+        return LocalFiles.of(folder, folder.name or "/"), None
+    repo, revision = _hub_id(path_or_id, folder, revision)
+    from moe_compose.checkpoint import hub
+
+    if headers_only and (remote := hub.listed(repo, revision)) is not None:
+        return remote, remote
+    path, commit = hub.download(repo, revision)
+    local = LocalFiles.of(path, hub.label_of(repo, revision))
+    return local, hub.RemoteFiles(repo, commit, local.label, local.sizes)
 
 
 def _carried_files(folder: Path) -> dict[str, Path]:

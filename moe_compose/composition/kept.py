@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.surgery.history import EXTRA_FOLDER
+from moe_compose.surgery.history import EXTRA_FOLDER, document
 from moe_compose.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,10 +33,8 @@ def stats_of(source: TensorSource) -> RouterStats | None:
     """
     from moe_compose.composition.statistics import RouterStats
 
-    path = source.files.get(STATS_PLACE)
-    if path is None and isinstance(source, Checkpoint) and source.path is not None:
-        path = source.path / STATS_PLACE
-    return RouterStats.load(path) if path is not None and path.is_file() else None
+    path = document(source, STATS_PLACE)
+    return None if path is None else RouterStats.load(path)
 
 
 def with_stats(plan: Plan, stats: RouterStats) -> Plan:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.checkpoint.writer import SHARD_SIZE
-from moe_compose.errors import MoeComposeError, WriteError
+from moe_compose.errors import MoeComposeError, OptionError, WriteError
 from moe_compose.recipe.conditions import check_conditions
 from moe_compose.recipe.missing import missing_files
 from moe_compose.recipe.reading import Recipe, RecipeStep
@@ -55,6 +55,8 @@ def rehearse(
     missing_files(recipe)
     if recipe.push_to_hub is not None:
         check_repo(recipe.push_to_hub)
+    elif recipe.private:
+        raise OptionError("private has no meaning without push_to_hub: ORG/NAME")
     state = State(dry=True, resume=resume, overwrite=overwrite, watch=watch or Watch())
     _Run(recipe, state).through()
 
@@ -81,7 +83,10 @@ def run_recipe(
     rehearse(recipe, resume=resume, overwrite=overwrite)
     with _work_folder(recipe, resume, overwrite) as folder:
         state = State(resume=resume, overwrite=overwrite, watch=watch or Watch())
-        return _Run(recipe, state, folder).through()
+        run = _Run(recipe, state, folder)
+        run.through()
+        run.push()
+        return run.written
 
 
 @contextmanager
@@ -111,7 +116,7 @@ class _Run:
         self._recipe, self._state, self._folder = recipe, state, folder
         self.written: list[Written] = []
 
-    def through(self) -> list[Written]:
+    def through(self) -> None:
         """All steps; an error names its step."""
         for i, step in enumerate(self._recipe.steps):
             try:
@@ -119,7 +124,6 @@ class _Run:
             except MoeComposeError as error:
                 where = f"{step.place} ({step.operation}): {error.message}"
                 raise type(error)(where, problems=error.problems, hint=error.hint) from error
-        return self.written
 
     def _step(self, index: int, step: RecipeStep) -> None:
         """Carry one step out, hold its result to the conditions, and write it where it is asked."""
@@ -184,8 +188,6 @@ class _Run:
             )
         report = self._validate(index, checkpoint, plan, before) if self._recipe.validate else None
         done = Written(step=index, folder=folder, checkpoint=checkpoint, report=report)
-        if folder == self._recipe.output:
-            done = replace(done, pushed=self._push(checkpoint, report))
         self.written.append(done)
         state.model = checkpoint
         state.watch.written(done)
@@ -210,12 +212,18 @@ class _Run:
             record_validation(checkpoint, plan, report)
         return report
 
-    def _push(self, checkpoint: Checkpoint, report: ValidationReport | None) -> str:
-        """To the Hub, what is valid."""
+    def push(self) -> None:
+        """The last result to the Hub, if it is to be there, and valid."""
         from moe_compose.reporting.hub import push
 
-        repo = self._recipe.push_to_hub
-        if repo is None or (report is not None and not report.ok):
-            return ""
-        with self._state.watch.waiting(f"pushing {checkpoint.label} to {repo}"):
-            return push(checkpoint, repo, private=self._recipe.private)
+        repo, watch = self._recipe.push_to_hub, self._state.watch
+        if repo is None:
+            return
+        done = self.written[-1]
+        if done.report is not None and not done.report.ok:
+            watch.remark(f"{done.checkpoint.label} is not pushed to {repo}: it is not valid")
+            return
+        with watch.waiting(f"pushing {done.checkpoint.label} to {repo}"):
+            url = push(done.checkpoint, repo, private=self._recipe.private)
+        self.written[-1] = replace(done, pushed=url)
+        watch.remark(f"On the Hub: {url}")

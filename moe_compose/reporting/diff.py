@@ -7,7 +7,6 @@ is from what it was. At most a tensor of each side is in memory, of tensors on t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,6 +29,7 @@ from moe_compose.reporting.difference import (
     TensorChange,
 )
 from moe_compose.reporting.inspect import inspect
+from moe_compose.reporting.matching import Identity, match
 from moe_compose.reporting.surroundings import config_changes, file_changes
 from moe_compose.surgery import evaluate
 from moe_compose.surgery.indices import Rows
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 #: Elements compared at a time, in fp64.
 STEP = 1 << 20
 
-#: All that identifies an expert's tensors: name without its number, dtype, shape, SHA-256.
-Identity = tuple[tuple[str, str, tuple[int, ...], str], ...]
-
 
 def diff(
     before: TensorSource,
@@ -56,8 +53,9 @@ def diff(
     """What changed from one checkpoint to another.
 
     An expert of `after` is *moved* if an expert of the same layer of `before` has the same bytes
-    under another index. One whose bytes are new is the one of `before` that has its rows of the
-    router, else the one of its index, and it *changed*; or else it was added.
+    under another index, and *copied* if that one is there already. One whose bytes are new is
+    the one of `before` that has its rows of the router, else the one of its index, and it
+    *changed*; or else it was added.
 
     Args:
         before: a checkpoint with its weights, or a plan.
@@ -108,6 +106,20 @@ class _Both:
         a, b = self._a.layout, self._b.layout
         if a and b and not a & b:
             yield "the two store experts under different names, so that none can be the same"
+        if told := self._renamed():
+            yield told
+
+    def _renamed(self) -> str:
+        """New tensors that hold the bytes of one that is gone: an FFN that became an expert, or an
+        expert that was taken out.
+        """
+        a = {n: p for n, p in _whole(self._a).items() if n not in self._b.source.tensors}
+        b = {n: p for n, p in _whole(self._b).items() if n not in self._a.source.tensors}
+        known = {(self._a.kind(p), self._hash_a[p]) for p in a.values()}
+        held = sum((self._b.kind(p), self._hash_b[p]) in known for p in b.values())
+        if not held:
+            return ""
+        return f"{held} of {len(b)} new tensors hold the bytes of tensors that are gone"
 
     def layers(self) -> Iterator[LayerChange]:
         blocks = dict.fromkeys([*self._a.experts, *self._b.experts])
@@ -119,13 +131,16 @@ class _Both:
         a, b = self._identities(block)
         rows_a, rows_b = self._identities(block, rows=True)
         was = match(a, b, rows_a, rows_b)
+        homes = {i: e for e, i in sorted(was.items(), reverse=True)}  # of copies, the first
+        homes |= {i: e for e, i in was.items() if e == i}
         found = []
         for e in sorted(b):
             i = was.get(e)
             if i is None:
                 found.append(ExpertChange(e, None, "added"))
                 continue
-            status: Status = "changed" if a[i] != b[e] else "same" if i == e else "moved"
+            equal: Status = "same" if i == e else "moved" if homes[i] == e else "copied"
+            status: Status = equal if a[i] == b[e] else "changed"
             row = rows_a[i] == rows_b[e] if i in rows_a and e in rows_b else None
             found.append(ExpertChange(e, i, status, row=row))
         gone = sorted(a.keys() - set(was.values()))
@@ -198,6 +213,11 @@ class _Both:
         return found, same
 
 
+def _whole(side: Contents) -> dict[str, Piece]:
+    """The tensors that are one piece."""
+    return {p.name: p for p in side.pieces() if not p.parts}
+
+
 class _Reader:
     """Values of pieces as flat tensors. Of a tensor that must be computed whole, the last one is
     kept, for the next expert.
@@ -218,35 +238,6 @@ class _Reader:
         if self._kept is None or self._kept[0] != piece.name:
             self._kept = piece.name, self._source.read(piece.name)
         return iter((self._kept[1].reshape(piece.parts, -1)[piece.part],))
-
-
-def match(
-    a: Mapping[int, Identity],
-    b: Mapping[int, Identity],
-    rows_a: Mapping[int, Identity],
-    rows_b: Mapping[int, Identity],
-) -> dict[int, int]:
-    """Expert of the second → expert of the first that it is or was: one of the same bytes, at the
-    same index where it can be; else one with the same rows of the router, where these tell; else,
-    where both have as many experts, the one of the same index. No expert is given twice, unless it
-    was copied.
-    """
-    found = {e: e for e in b if a.get(e) == b[e]}
-    for e in (e for e in sorted(b) if e not in found):
-        like = [i for i in sorted(a) if a[i] == b[e]]
-        free = [i for i in like if i not in found.values()]
-        if like:
-            found[e] = (free or like)[0]
-    times_a, times_b = Counter(rows_a.values()), Counter(rows_b.values())
-    home = {row: i for i, row in rows_a.items() if i in a and times_a[row] == 1}
-    for e in (e for e in sorted(b) if e not in found and e in rows_b):
-        i = home.get(rows_b[e])
-        if i is not None and times_b[rows_b[e]] == 1 and i not in found.values():
-            found[e] = i
-    if len(a) == len(b):
-        taken = set(found.values())
-        found |= {e: e for e in b if e not in found and e in a and e not in taken}
-    return found
 
 
 def squares_of(a: Iterator[Tensor], b: Iterator[Tensor]) -> tuple[float, float]:

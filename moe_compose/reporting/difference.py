@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-#: `same`: equal bytes in the same place. `moved`: equal bytes under another index.
-Status = Literal["same", "moved", "changed", "added", "removed"]
-STATUSES: tuple[Status, ...] = ("same", "moved", "changed", "added", "removed")
+#: `same`: equal bytes in the same place. `moved`: equal bytes under another index. `copied`: equal
+#: bytes once more, beside an expert that is the same or moved.
+Status = Literal["same", "moved", "copied", "changed", "added", "removed"]
+STATUSES: tuple[Status, ...] = ("same", "moved", "copied", "changed", "added", "removed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,11 @@ class LayerChange:
         """The largest distance of an expert; None where none is known."""
         return max((e.distance for e in self.experts if e.distance is not None), default=None)
 
+    def worst_row(self) -> float | None:
+        """The largest distance of an expert's rows of the router; None where none is known."""
+        known = (e.row_distance for e in self.experts if e.row_distance is not None)
+        return max(known, default=None)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
@@ -142,13 +148,18 @@ class Difference:
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
-        return not (self.config or self.tensors or self.files) and self.same_experts
+        others = self.config or self.tensors or self.files
+        return not others and self.same_experts and self.same_rows
 
     @property
     def same_experts(self) -> bool:
-        """Whether all experts and their rows of the router are where and what they were."""
-        experts = (e for layer in self.layers for e in layer.experts)
-        return all(e.status == "same" and e.row is not False for e in experts)
+        """Whether all experts are where and what they were."""
+        return self.experts.keys() <= {"same"}
+
+    @property
+    def same_rows(self) -> bool:
+        """Whether every expert that is in both has the rows of the router that it had."""
+        return all(e.row is not False for layer in self.layers for e in layer.experts)
 
     @property
     def experts(self) -> Counter[Status]:

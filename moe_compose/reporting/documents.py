@@ -58,8 +58,8 @@ def read_validation(checkpoint: Checkpoint) -> dict[str, Any] | None:
     Raises:
         CheckpointError: unreadable, or no object.
     """
-    path = checkpoint.path / VALIDATION_NAME if checkpoint.path else None
-    if path is None or not path.is_file():
+    path = checkpoint.document(VALIDATION_NAME)
+    if path is None:
         return None
     content = read_json(path, checkpoint.label)
     if not isinstance(content, dict):

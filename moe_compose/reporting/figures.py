@@ -168,7 +168,8 @@ def _text(x: float, y: float, text: str, anchor: str) -> Html:
 
 
 def _svg(width: float, height: float, *shapes: Html) -> Html:
-    return element(
+    """A picture that scrolls on a narrow screen: shrunk, nobody could read it."""
+    picture = element(
         "svg",
         *shapes,
         viewBox=f"0 0 {width:g} {height:g}",
@@ -176,3 +177,4 @@ def _svg(width: float, height: float, *shapes: Html) -> Html:
         height=f"{height:g}",
         role="img",
     )
+    return element("div", picture, class_="scroll")

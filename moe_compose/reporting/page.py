@@ -133,7 +133,7 @@ td:first-child,th:first-child{white-space:nowrap}
 .bar{width:140px;height:10px;margin-top:6px;background:var(--soft);border-radius:5px}
 .bar div{height:100%;background:var(--s0);border-radius:5px}
 figure{margin:16px 0}figcaption{font-weight:500;margin-bottom:6px}
-svg{display:block;max-width:100%;height:auto}
+svg{display:block}
 svg text{fill:var(--dim);font:11px system-ui,sans-serif}
 .hot{fill:var(--hot)}.cold{fill:var(--cold)}.cell{fill:transparent}.cell:hover{stroke:var(--fg)}
 .frame{fill:none;stroke:var(--line)}.none{stroke:var(--dim);stroke-width:.7}

@@ -165,7 +165,8 @@ def _parameters(found: Inspection) -> Html:
     files = {**found.weight_files, **found.files}
     rows_of_files = [(name, bytes_text(size)) for name, size in files.items()]
     if rows_of_files:
-        parts.append(folded(f"{len(files)} files", table(("file", "size"), rows_of_files, right=1)))
+        said = "1 file" if len(files) == 1 else f"{len(files)} files"
+        parts.append(folded(said, table(("file", "size"), rows_of_files, right=1)))
     return section("Parameters and memory", *parts)
 
 

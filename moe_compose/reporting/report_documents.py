@@ -23,7 +23,7 @@ from moe_compose.reporting.loose import (
 )
 from moe_compose.reporting.page import Html, element, facts, figure, folded, note, section, table
 from moe_compose.reporting.units import bytes_text
-from moe_compose.surgery.history import read_json
+from moe_compose.surgery.history import document, read_json
 from moe_compose.surgery.plan import Plan
 
 #: No map has more columns, whatever a document says.
@@ -35,7 +35,7 @@ def document_sections(source: TensorSource) -> Iterator[Html]:
     own = source.reports if isinstance(source, Plan) else {}
     for name, (title, show) in _DOCUMENTS.items():
         try:
-            path = source.files.get(name)
+            path = None if name in own else document(source, name)
             found = own[name] if name in own else read_json(path, source.label) if path else None
         except CheckpointError as error:
             yield section(title, note(error.message))

@@ -15,27 +15,22 @@ from moe_compose.reporting.page import Html, facts, figure, folded, note, sectio
 if TYPE_CHECKING:
     from moe_compose.calibration.stats import ExpertStats
 
-#: Load and specialisation are shown between 1/16 and 16 times the mean.
-_DOUBLINGS = 4
+#: Load and specialisation are shown between 1/16 and 16 times the mean, or less if they are.
+_MOST_DOUBLINGS = 4
 
 #: Cells of all maps of similarity together.
 _MOST_CELLS = 100_000
-
-_SCALE = (
-    "Nothing: the mean. Full colour: 16 times it (warm) or a 16th (cold). A cross: no token at all."
-)
 
 
 def stats_sections(stats: ExpertStats) -> Iterator[Html]:
     """Load, domains and similarity."""
     layers = [summarise(stats, layer) for layer in stats.layers]
-    yield section("Routing load", _measured(stats, layers), _load(stats), note(_SCALE))
+    yield section("Routing load", _measured(stats, layers), *_load(stats))
     if len(stats.domains) > 1:
-        maps = [_special(stats, domain) for domain in stats.domains]
         apart = [(str(x.layer), *(f"{x.apart[d]:.0%}" for d in stats.domains)) for x in layers]
         table_of = table(("layer", *stats.domains), apart, right=1)
         told = note("Share of a domain's load that lies elsewhere than the mean of the domains'.")
-        yield section("Domains", *maps, note(_SCALE), table_of, told)
+        yield section("Domains", *_special(stats), table_of, told)
     if stats.record.sample and stats.folder is not None:
         yield section("Similarity of experts", *_similarities(stats))
 
@@ -70,23 +65,44 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _load(stats: ExpertStats) -> Html:
-    loads = [[x * len(row) for x in row] for row in _shares(stats)]
-    return _map("Load by layer and expert", stats, loads, "times an even load")
+def _load(stats: ExpertStats) -> Iterator[Html]:
+    shares = [stats.load_share(layer).tolist() for layer in stats.layers]
+    loads = [[x * len(row) for x in row] for row in shares]
+    most = _doublings(loads)
+    yield _map("Load by layer and expert", stats, loads, "times an even load", most)
+    yield _scale(most)
 
 
-def _shares(stats: ExpertStats) -> list[list[float]]:
-    return [stats.load_share(layer).tolist() for layer in stats.layers]
+def _special(stats: ExpertStats) -> Iterator[Html]:
+    """A map for every domain, all on one scale."""
+    every = [stats.specialisation(layer).tolist() for layer in stats.layers]
+    most = max(map(_doublings, every))
+    for i, domain in enumerate(stats.domains):
+        rows = [layer[i] for layer in every]
+        title, unit = f"{domain}, against all domains", "times its mean over the domains"
+        yield _map(title, stats, rows, unit, most)
+    yield _scale(most)
 
 
-def _special(stats: ExpertStats, domain: str) -> Html:
-    index = stats.domains.index(domain)
-    rows = [stats.specialisation(layer)[index].tolist() for layer in stats.layers]
-    return _map(f"{domain}, against all domains", stats, rows, "times its mean over the domains")
+def _doublings(values: list[list[float]]) -> int:
+    """Of the mean, up to the largest value."""
+    largest = max((x for row in values for x in row), default=1.0)
+    return min(max(math.ceil(math.log2(max(largest, 1.0))), 1), _MOST_DOUBLINGS)
 
 
-def _map(title: str, stats: ExpertStats, values: list[list[float]], unit: str) -> Html:
-    rows: list[Row] = [[math.log2(x) / _DOUBLINGS if x > 0 else None for x in r] for r in values]
+def _scale(most: int) -> Html:
+    part = {1: "half", 2: "a quarter", 3: "an eighth", 4: "a 16th"}[most]
+    return note(
+        f"Nothing: the mean. Full colour: {2**most} times it (warm) or {part} of it (cold). "
+        "A cross: no token at all."
+    )
+
+
+def _map(
+    title: str, stats: ExpertStats, values: list[list[float]], unit: str, doublings: int
+) -> Html:
+    """Values around 1, full colour at so many doublings."""
+    rows: list[Row] = [[math.log2(x) / doublings if x > 0 else None for x in r] for r in values]
     layers = list(map(str, stats.layers))
 
     def tell(r: int, c: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_compose.checkpoint.folder import LocalFiles, read_headers
 from moe_compose.checkpoint.header import load_object
-from moe_compose.checkpoint.reader import Checkpoint
+from moe_compose.checkpoint.reader import Checkpoint, files_of
 from moe_compose.checkpoint.source import Extent, TensorInfo
 from moe_compose.errors import CheckpointError
 
@@ -50,28 +50,30 @@ _MORE: Mapping[str, str] = {
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def read_adapter(folder: Path) -> Checkpoint:
-    """Config and weights of an adapter's folder."""
-    files = LocalFiles.of(folder, folder.name)
+def read_adapter(path_or_id: str | Path) -> Checkpoint:
+    """Config and weights of an adapter: of a folder, or downloaded from the Hub."""
+    files, remote = files_of(path_or_id)
+    folder, label = files.path, files.label
+    assert folder is not None
     if missing := [n for n in (CONFIG_NAME, WEIGHTS_NAME) if n not in files.sizes]:
         raise CheckpointError(
-            f"{folder.name} holds no {' and no '.join(missing)}",
+            f"{label} holds no {' and no '.join(missing)}",
             hint="An adapter is a folder that PEFT wrote, with its weights as safetensors.",
         )
     size = files.sizes[CONFIG_NAME]
     if size > _MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{folder.name}/{CONFIG_NAME} is too large ({size} bytes)")
-    config = load_object(files.read(CONFIG_NAME, 0, size), f"{folder.name}/{CONFIG_NAME}")
-    weights = LocalFiles(folder, folder.name, {WEIGHTS_NAME: files.sizes[WEIGHTS_NAME]})
+        raise CheckpointError(f"{label}/{CONFIG_NAME} is too large ({size} bytes)")
+    config = load_object(files.read(CONFIG_NAME, 0, size), f"{label}/{CONFIG_NAME}")
+    weights = LocalFiles(folder, label, {WEIGHTS_NAME: files.sizes[WEIGHTS_NAME]})
     (header,) = read_headers(weights).values()
     file = folder / WEIGHTS_NAME
     return Checkpoint(
-        label=folder.name,
+        label=label,
         config=config,
         tensors={t.name: t for t in header.tensors},
         files={},
         path=folder,
-        revision=None,
+        revision=remote.commit if remote is not None else None,
         weight_files=(file,),
         _extents={
             t.name: Extent(file, at, t.nbytes)

@@ -4,7 +4,10 @@ PATH            a dense model of the family: its FFNs; a packed expert; of a mix
                 second (anchor and trainable expert, as FlexOlmo and BAR train them)
 PATH#law        an expert of a mixture, by name or number
 copy:3          an expert of the model that receives it
-X+ADAPTER       any of these with a LoRA adapter (a PEFT folder) on it
+ADAPTER         a LoRA adapter (a PEFT folder) on the model that receives the expert
+X+ADAPTER       any of the first three with a LoRA adapter on it
+
+PATH and ADAPTER are folders, or `org/name@revision` on the Hub.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from moe_compose.architectures import Architecture, find
 from moe_compose.architectures.parts import layout_of
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.errors import OptionError, UnsupportedError
+from moe_compose.errors import CheckpointError, OptionError, UnsupportedError
 from moe_compose.surgery.expert_names import index_of
 from moe_compose.surgery.ffn import FFN, read_expert, read_ffn
 from moe_compose.surgery.lora import Adapter, is_adapter
@@ -58,16 +61,11 @@ class Donor:
             CheckpointError: there is no such checkpoint, or a damaged one.
         """
         label, adapter = text.strip(), None
-        head, plus, tail = label.rpartition("+")
         if is_adapter(Path(label).expanduser()):
-            return cls(Path(label).name, adapter=Adapter.open(label))
-        if plus and is_adapter(Path(tail).expanduser()):
-            label, adapter = head, Adapter.open(tail)
-        elif plus and not Path(label).expanduser().exists():
-            raise OptionError(
-                f"{tail} holds no LoRA adapter (adapter_config.json)",
-                hint="MODEL+ADAPTER takes a PEFT folder behind the plus.",
-            )
+            return cls._adapted(label)
+        head, plus, tail = label.rpartition("+")
+        if plus and (is_adapter(Path(tail).expanduser()) or not Path(label).expanduser().exists()):
+            label, adapter = head, _behind_plus(tail)
         if not label or label == COPY:
             raise OptionError(f"{text!r} names no expert", hint="Write PATH, PATH#3, or copy:3.")
         shown = label if adapter is None else f"{label}+{adapter.label}"
@@ -76,9 +74,33 @@ class Donor:
         path, mark, expert = label.rpartition("#")
         if not mark:
             path, expert = label, ""
-        source = open_source(path)
+        try:
+            source = open_source(path)
+        except CheckpointError as error:
+            if mark or adapter is not None:
+                raise
+            try:
+                return cls._adapted(path)
+            except CheckpointError:
+                raise error from None  # no adapter either
         named = "".join((source.label, mark, expert, *(["+", adapter.label] if adapter else [])))
         return cls(named, source, expert or None, adapter)
+
+    @classmethod
+    def _adapted(cls, path: str) -> Donor:
+        """The model that receives the expert, with an adapter on it."""
+        adapter = Adapter.open(path)
+        return cls(adapter.label, adapter=adapter)
+
+
+def _behind_plus(path: str) -> Adapter:
+    """The adapter of MODEL+ADAPTER."""
+    if "/" not in path and not Path(path).expanduser().is_dir():
+        raise OptionError(
+            f"{path} holds no LoRA adapter (adapter_config.json)",
+            hint="MODEL+ADAPTER takes a PEFT folder, or its name on the Hub, behind the plus.",
+        )
+    return Adapter.open(path)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError
 
@@ -28,7 +29,7 @@ def read_history(source: TensorSource) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: unreadable, or no list of records.
     """
-    path = source.files.get(HISTORY_NAME)
+    path = document(source, HISTORY_NAME)
     if path is None:
         return []
     content = read_json(path, source.label)
@@ -38,6 +39,18 @@ def read_history(source: TensorSource) -> list[dict[str, Any]]:
             hint="Repair or remove the file.",
         )
     return content
+
+
+def document(source: TensorSource, name: str) -> Path | None:
+    """A file of ours that lies beside a source's weights; None where there is none.
+
+    A checkpoint of which only headers were fetched has it too: it is small, and fetched now.
+
+    Raises:
+        CheckpointError: the Hub is out of reach.
+    """
+    path = source.files.get(name)
+    return path or (source.document(name) if isinstance(source, Checkpoint) else None)
 
 
 def read_json(path: Path, label: str) -> Any:

@@ -38,7 +38,7 @@ class Adapter:
     """A LoRA adapter: a `TensorSource` of its A and B. Made by `Adapter.open`.
 
     Attributes:
-        label: the folder's name.
+        label: the folder's name, or the Hub id.
         config: `adapter_config.json` as it is.
         tensors: as they are named in the file.
         files: none: nothing of it travels along.
@@ -55,15 +55,15 @@ class Adapter:
     _stored: Checkpoint
 
     @classmethod
-    def open(cls, folder: str | Path) -> Adapter:
-        """Open an adapter's folder. Reads the config and the header, no weights.
+    def open(cls, path_or_id: str | Path) -> Adapter:
+        """Open an adapter: a folder, or `org/name@revision` on the Hub, which is downloaded. Reads
+        the config and the header, no weights.
 
         Raises:
             CheckpointError: missing, damaged, or with A and B that do not belong together.
             UnsupportedError: more than a LoRA on linear layers; everything in the way at once.
         """
-        path = Path(folder).expanduser().absolute()
-        stored = read_adapter(path)
+        stored = read_adapter(path_or_id)
         modules, problems = pairs(stored)
         if problems := [*beyond_lora(stored.config), *problems]:
             raise UnsupportedError(

@@ -107,8 +107,11 @@ def test_a_saved_recipe_does_the_same(
     assert (out / "model.safetensors").read_bytes() == before
 
 
-def test_flags_beside_the_step_are_saved(command: Any, dense: Path, tmp_path: Path) -> None:
+def test_flags_beside_the_step_are_saved(
+    command: Any, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where and how a result is written, and a flag that turns something off."""
+    monkeypatch.setenv("HF_TOKEN", "none")
     file, text = tmp_path / "saved.yaml", tmp_path / "text.txt"
     text.write_text("Once upon a time.")
     words = ("--base", dense, "--expert", f"law={dense}", "--no-base-expert", "--top-k", "1")

@@ -289,3 +289,29 @@ def test_findings_alone_need_no_output(tmp_path: Path, text: Path) -> None:
     with pytest.raises(OptionError) as caught:
         parse_recipe(step + "\noutput: o")
     assert "no step makes a model" in str(caught.value)
+
+
+def test_the_last_result_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked before any work whether it can be; only the last, and only what is written."""
+    pushed: list[tuple[str, str, bool]] = []
+
+    def push(checkpoint: mc.Checkpoint, repo: str, *, private: bool) -> str:
+        pushed.append((checkpoint.label, repo, private))
+        return f"https://hub/{repo}"
+
+    monkeypatch.setattr("moe_compose.reporting.hub.push", push)
+    steps = f"""
+  - {{operation: upcycle, source: {MODEL}, num_experts: 4, save: {tmp_path / "first"}}}
+  - {{operation: expand, factor: 2}}
+"""
+    text = f"steps:{steps}\noutput: {tmp_path / 'out'}\nvalidate: false\nprivate: true\n"
+    with pytest.raises(OptionError, match="private has no meaning"):
+        run_recipe(parse_recipe(text))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(OptionError, match="nobody is logged in"):
+        run_recipe(parse_recipe(f"{text}push_to_hub: me/moe\n"))
+    assert not (tmp_path / "first").exists()
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    [_, last] = run_recipe(parse_recipe(f"{text}push_to_hub: me/moe\n"))
+    assert pushed == [("out", "me/moe", True)] and last.pushed == "https://hub/me/moe"

@@ -21,8 +21,9 @@ from tiny_models import tiny_checkpoint
 
 import moe_compose as mc
 from moe_compose.reporting.contents import contents_of
-from moe_compose.reporting.diff import diff, match
+from moe_compose.reporting.diff import diff
 from moe_compose.reporting.difference import Difference
+from moe_compose.reporting.matching import match
 from moe_compose.surgery.history import HISTORY_NAME
 
 #: Experts one by one, and all of a layer in one tensor.
@@ -135,12 +136,29 @@ def test_rows_of_the_router_alone(moe: mc.Checkpoint, tmp_path: Path) -> None:
         return x
 
     found = diff(moe, copy_of(moe, tmp_path / "b", **{weight: trained}))
-    assert found.experts.keys() == {"same"} and not found.same and not found.same_experts
+    assert found.experts.keys() == {"same"} and found.same_experts
+    assert not found.same and not found.same_rows
     rows = [e.row for e in found.layers[0].experts]
     assert rows == [True, False, True, True, True, True] and found.layers[0].rows == (5, 6)
     expected = 0.5 if len(contents_of(moe).rows[block][0]) == 1 else None
     far = found.layers[0].experts[1].row_distance
     assert far == pytest.approx(expected) if expected else far and 0 < far < 0.5  # with a bias
+
+
+def test_copies_are_told_from_what_moved(moe: mc.Checkpoint) -> None:
+    found = diff(moe, mc.expand(moe, mc.ExpandOptions(factor=2)))
+    assert all(x.counts == {"same": 1, "moved": 5, "copied": 6} for x in found.layers)
+    back = diff(mc.expand(moe, mc.ExpandOptions(factor=2)), moe)
+    assert all(x.counts == {"same": 1, "moved": 5, "removed": 6} for x in back.layers)
+
+
+def test_an_ffn_that_became_an_expert_is_noted() -> None:
+    dense = mc.Checkpoint.open(Path(__file__).parents[2] / "examples" / "models" / "stories260K")
+    grown = mc.upcycle(dense, mc.UpcycleOptions(num_experts=2))
+    said = "30 of 30 new tensors hold the bytes of tensors that are gone"
+    assert said in diff(dense, grown).notes
+    assert said.replace("30", "15") in diff(grown, dense).notes
+    assert not diff(dense, dense).notes
 
 
 def test_refitted_experts_are_known_by_their_rows(moe: mc.Checkpoint, tmp_path: Path) -> None:

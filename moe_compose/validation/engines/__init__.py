@@ -254,7 +254,7 @@ def _serve(
     try:
         version, found = ask(engine.word, python, [path], prompts)
     except UnavailableError as e:
-        return Served(engine.name, "", "not run", str(e))
+        return Served(engine.name, "", "not run", f"{python} does not run it: {e}")
     answered = found[str(path)]
     if "error" in answered:
         return Served(engine.name, version, "refuses", answered["error"])

@@ -1,0 +1,5 @@
+"""Fixtures of the tests about checkpoints."""
+
+from fake_hub import hub
+
+__all__ = ["hub"]
