@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from moe_compose.evaluation.options import EvaluateOptions
     from moe_compose.evaluation.result import Evaluation
     from moe_compose.recipe.reading import Recipe, read_recipe
-    from moe_compose.recipe.running import run_recipe
+    from moe_compose.recipe.running import rehearse, run_recipe
+    from moe_compose.recipe.state import Watch
     from moe_compose.recovery.options import RefitOptions
     from moe_compose.recovery.refit import refit
     from moe_compose.reporting.card import model_card
@@ -145,7 +146,9 @@ _HOME = {
     "fewest": "tradeoff.fewest",
     "Recipe": "recipe.reading",
     "read_recipe": "recipe.reading",
+    "rehearse": "recipe.running",
     "run_recipe": "recipe.running",
+    "Watch": "recipe.state",
     "diff": "reporting.diff",
     "Difference": "reporting.difference",
     "html_report": "reporting.report",
@@ -225,7 +228,9 @@ __all__ = [  # noqa: RUF022 - reading order
     "fewest",
     "Recipe",
     "read_recipe",
+    "rehearse",
     "run_recipe",
+    "Watch",
     "diff",
     "Difference",
     "html_report",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..output import out
 from ..parameters import Data, Json, Quiet
+
+if TYPE_CHECKING:
+    from moe_compose.checkpoint.reader import Checkpoint
+    from moe_compose.validation.report import ValidationReport
 
 Folder = Annotated[
     str, typer.Argument(metavar="PATH", help="The checkpoint's folder, or its name on the Hub.")
@@ -66,15 +70,14 @@ def validate(
 
     Structure, values and portability are checked; the forward pass of an MoE is run through Triton
     kernels and through eager, both against fp64; with --against SOURCE both models are run on text
-    and their logits compared; with --engines other engines go on from prompts, greedily. The
-    findings are kept as validation.json beside it. Exit code 3: it is not valid, not as exact as
-    the last operation on it stated, or not the same in an engine that --engine-python names.
+    and their logits compared; with --engines other engines go on from prompts, greedily. Beside a
+    checkpoint that moe-compose wrote the findings are kept, as validation.json. Exit code 3: it is
+    not valid, not as exact as the last operation on it stated, or not the same in an engine that
+    --engine-python names.
     """
     out.configure(as_json=as_json, quiet=quiet)
     from moe_compose import validation
     from moe_compose.checkpoint.reader import Checkpoint
-    from moe_compose.errors import WriteError
-    from moe_compose.reporting.publish import record_validation
 
     from ..engines_screen import engines_screen
     from ..screens import report_screen
@@ -94,19 +97,30 @@ def validate(
         out.show(engines_screen(report))
     out.show(report_screen(report))
     out.result(report.to_json(), "ok" if report.ok else "not ok")
-    if checkpoint.revision is None:  # the Hub's cache is nobody's to write into
-        try:
-            kept = record_validation(checkpoint, None, report)
-        except WriteError as e:
-            out.warn(f"{e.message}: the findings are not kept")
-        else:
-            if kept is None:
-                out.hint(
-                    "validation.json holds a comparison with the source and is kept; "
-                    "renew it with --against SOURCE."
-                )
+    _keep(checkpoint, report)
     if not report.ok:
         raise typer.Exit(3)
+
+
+def _keep(checkpoint: Checkpoint, report: ValidationReport) -> None:
+    """Beside the weights, if that is ours to write into: no cache, and nobody else's model."""
+    from moe_compose.errors import WriteError
+    from moe_compose.reporting.publish import record_validation
+    from moe_compose.surgery.history import HISTORY_NAME
+
+    folder = checkpoint.path
+    if folder is None or checkpoint.revision is not None or not (folder / HISTORY_NAME).is_file():
+        return
+    try:
+        kept = record_validation(checkpoint, None, report)
+    except WriteError as e:
+        out.warn(f"{e.message}: the findings are not kept")
+        return
+    if kept is None:
+        out.hint(
+            "validation.json holds a comparison with the source and is kept; "
+            "renew it with --against SOURCE."
+        )
 
 
 def _pythons(given: list[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from moe_compose.calibration.data import parse_domains, read_domains, read_texts
 from moe_compose.errors import OptionError
 from moe_compose.recipe.inputs import by_name
 from moe_compose.recipe.state import State
+from moe_compose.surgery.compose_options import WITH_TEXT
 from moe_compose.surgery.unchanged import LATER, unchanged
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def compose_models(state: State, options: ComposeOptions, given: Mapping[str, An
     scale: dict[str, Any] = {}
     if "from_mergekit" in given:
         origin, words, options, prompts = _of_mergekit(given, options)
+        if options.router not in (None, *WITH_TEXT):
+            prompts = {}
         if prompts and not texts:
             scale = {"row_scale": 1.0}  # prompts are too short to hold some of them out
         texts = {**prompts, **texts}

@@ -82,6 +82,7 @@ def test_validate(command: Any, make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(validation, "validate", validate)
     folder, source = make().path, make(name="source").path
+    (folder / "moe_compose.json").write_text("[]")
     screen = command("validate", folder)
     assert screen.code == 0
     for text in ("✓ a", "[b]fine", "! b", "✓ valid"):
@@ -103,6 +104,9 @@ def test_validate_a_broken_checkpoint_exits_3(command: Any, make: Make) -> None:
     assert ran.code == 3, ran.out
     assert "✗ not valid" in ran.out
     assert command("validate", folder, "-q").out == "not ok\n"
+    assert not (folder / "validation.json").exists(), "nobody else's folder is written into"
+    (folder / "moe_compose.json").write_text("[]")
+    assert command("validate", folder, "-q").code == 3
     assert json.loads((folder / "validation.json").read_text())["ok"] is False
 
 

@@ -54,8 +54,8 @@ def content(source: TensorSource) -> dict[str, bytes]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the examples and the sample text in it."""
-    for name in ("examples", "moe_compose"):
+    """A working folder with the examples and the texts in it."""
+    for name in ("examples", "moe_compose", "README.md", "CONTRIBUTING.md"):
         os.symlink(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
