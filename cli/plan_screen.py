@@ -45,7 +45,8 @@ def plan_screen(plan: Plan, output: str) -> RenderableType:
     from moe_compose.reporting.card import method_of
 
     summary, after = plan.summary(), inspect(plan)
-    befores = [inspect(source) for source in dict.fromkeys(_origins(plan))]
+    origins = {getattr(s, "path", None) or id(s): s for s in _origins(plan)}  # each folder once
+    befores = [inspect(source) for source in origins.values()]
     rows: list[tuple[str, RenderableType]] = [
         ("from", f"{b.checkpoint}: {short(b)}") for b in befores
     ]

@@ -24,7 +24,7 @@ def ls(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List model families that are known, or methods of upcycling, pruning and merging."""
+    """List model families that are known, or methods of upcycling, composing, pruning, merging."""
     from moe_compose.reporting.catalogue import families, methods
 
     from ..screens import families_screen, methods_screen

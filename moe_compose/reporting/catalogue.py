@@ -10,6 +10,7 @@ from typing import Any
 from moe_compose.architectures import Architecture, all_architectures
 from moe_compose.architectures.base import REQUIRED, Key
 from moe_compose.architectures.routing_form import Routing, RoutingForm
+from moe_compose.surgery.compose_options import ROUTERS, SHARED
 from moe_compose.surgery.merge_options import MERGE_METHODS
 from moe_compose.surgery.prune_options import CRITERIA, OF_MASKED, WITHOUT_STATS
 from moe_compose.surgery.upcycle_options import METHODS
@@ -63,6 +64,15 @@ class MethodRow:
     paper: str
 
 
+#: What ways of composing take.
+_EVIDENCE = {
+    **dict.fromkeys(("best", "ridge", "hidden"), "text"),
+    "trained": "anchored pairs",
+    "domain": "--embeddings",
+    "weighted": "--weight",
+}
+
+
 def families() -> list[FamilyRow]:
     """Every known family, in the order of the registry."""
     forms = all_architectures().values()
@@ -88,6 +98,14 @@ def methods() -> list[MethodRow]:
         *(
             MethodRow("upcycle", name, info.summary, info.preserves, "nothing", info.paper)
             for name, info in METHODS.items()
+        ),
+        *(
+            MethodRow("compose --shared", name, what, "none", _EVIDENCE.get(name, "nothing"), paper)
+            for name, (what, paper) in SHARED.items()
+        ),
+        *(
+            MethodRow("compose --router", name, what, "none", _EVIDENCE.get(name, "nothing"), paper)
+            for name, (what, paper) in ROUTERS.items()
         ),
         *(
             MethodRow("prune", name, f"keeps {what}", "none", _needs(name), paper)

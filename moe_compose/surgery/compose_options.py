@@ -30,7 +30,10 @@ SHARED: Mapping[str, tuple[str, str]] = {
 
 #: Where router rows come from.
 ROUTERS: Mapping[str, tuple[str, str]] = {
-    "ridge": ("least squares from each expert's own text; the default with text", "2603.29765"),
+    "ridge": (
+        "least squares from each expert's own text; the default with text",
+        "DUME, arXiv 2603.29765",
+    ),
     "trained": ("the rows that come with anchored pairs", "FlexOlmo, arXiv 2507.07024"),
     "hidden": ("mean of the true router inputs on each expert's text", "as mergekit means to"),
     "domain": ("a document embedding per expert, the same in all layers", "arXiv 2507.07024"),

@@ -191,7 +191,7 @@ def load_tokenizer(checkpoint: TensorSource, against: TensorSource | None) -> tu
     if changed:
         text = f"{', '.join(changed)}: not the source's"
         return tokenizer, Check("tokenizer", "warn", text)
-    return tokenizer, Check("tokenizer", "pass", f"loads, {len(tokenizer)} tokens")
+    return tokenizer, Check("tokenizer", "pass", f"loads, {len(tokenizer):,} tokens")
 
 
 #: What turns text into tokens; settings beside them are rewritten now and then.

@@ -17,6 +17,7 @@ from hand_made import Make, plan_of
 import moe_compose as mc
 from moe_compose.reporting.catalogue import families, methods
 from moe_compose.reporting.documents import encode, history_of, plain
+from moe_compose.surgery.compose_options import ROUTERS, SHARED
 from moe_compose.surgery.merge_options import MergeMethod
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.prune_options import Criterion
@@ -150,6 +151,8 @@ def test_every_method_and_family_is_listed() -> None:
     ]
     assert [m.method for m in rows if m.operation == "prune"] == list(get_args(Criterion))
     assert [m.method for m in rows if m.operation == "merge"] == list(get_args(MergeMethod))
+    assert [m.method for m in rows if m.operation == "compose --shared"] == list(SHARED)
+    assert [m.method for m in rows if m.operation == "compose --router"] == list(ROUTERS)
     needs = {m.method: m.needs for m in rows if m.operation == "prune"}
     assert [n for n in needs if "loo" in needs[n]] == ["loo-mse", "naee-greedy"]
     assert all(m.paper and m.summary for m in rows)

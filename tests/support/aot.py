@@ -40,6 +40,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+#: Those that every run of the tests compiles for; the others are compiled with `-m slow`.
+USUAL = ("sm_80", "sm_90", "gfx942")
+
 #: What pointers are to, where their names don't tell.
 POINTERS = {"gates_P": "fp32", "squares_NP": "fp32", "ids_P": "i64"} | dict.fromkeys(
     ("table_6E", "parts_5SE"), "fp64"
