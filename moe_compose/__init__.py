@@ -60,11 +60,17 @@ if TYPE_CHECKING:
     from moe_compose.reporting.publish import record_validation, write
     from moe_compose.reporting.quant_recipe import write_quant_plan
     from moe_compose.reporting.report import html_report, write_report
-    from moe_compose.surgery.add_expert import AddOptions
-    from moe_compose.surgery.anchor import AnchorOptions, anchor
+    from moe_compose.surgery.anchor import anchor
     from moe_compose.surgery.compose_options import ComposeOptions
     from moe_compose.surgery.donors import Donor
-    from moe_compose.surgery.expand import ExpandOptions, expand
+    from moe_compose.surgery.expand import expand
+    from moe_compose.surgery.expert_options import (
+        AddOptions,
+        AnchorOptions,
+        ExpandOptions,
+        RemoveOptions,
+        SwapOptions,
+    )
     from moe_compose.surgery.extract import extract
     from moe_compose.surgery.extract_options import ExtractOptions
     from moe_compose.surgery.groups import ExpertGroups, Grouping
@@ -72,9 +78,7 @@ if TYPE_CHECKING:
     from moe_compose.surgery.plan import Plan
     from moe_compose.surgery.prune_options import PruneOptions
     from moe_compose.surgery.ranking import Ranking
-    from moe_compose.surgery.remove_expert import RemoveOptions
     from moe_compose.surgery.replace import Changed, replace_tensors
-    from moe_compose.surgery.swap_expert import SwapOptions
     from moe_compose.surgery.upcycle import upcycle
     from moe_compose.surgery.upcycle_options import UpcycleOptions
     from moe_compose.tradeoff.fewest import fewest
@@ -99,15 +103,15 @@ _HOME = {
     "RouterStats": "composition.statistics",
     "route_by_text": "composition.initialise",
     "Donor": "surgery.donors",
-    "AnchorOptions": "surgery.anchor",
+    "AnchorOptions": "surgery.expert_options",
     "anchor": "surgery.anchor",
-    "AddOptions": "surgery.add_expert",
+    "AddOptions": "surgery.expert_options",
     "add_expert": "composition.change",
-    "SwapOptions": "surgery.swap_expert",
+    "SwapOptions": "surgery.expert_options",
     "swap_expert": "composition.change",
-    "RemoveOptions": "surgery.remove_expert",
+    "RemoveOptions": "surgery.expert_options",
     "remove_expert": "composition.change",
-    "ExpandOptions": "surgery.expand",
+    "ExpandOptions": "surgery.expert_options",
     "expand": "surgery.expand",
     "ExtractOptions": "surgery.extract_options",
     "extract": "surgery.extract",

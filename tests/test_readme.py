@@ -21,8 +21,8 @@ from moe_compose.architectures import all_architectures
 from moe_compose.calibration.options import CalibrateOptions
 from moe_compose.calibration.quant_options import QuantPlanOptions
 from moe_compose.evaluation.options import EvaluateOptions
-from moe_compose.surgery.add_expert import AddOptions
 from moe_compose.surgery.compose_options import ROUTERS, SHARED, ComposeOptions
+from moe_compose.surgery.expert_options import AddOptions
 from moe_compose.surgery.merge_options import MergeOptions
 from moe_compose.surgery.prune_options import CRITERIA, PruneOptions
 from moe_compose.surgery.upcycle_options import METHODS, UpcycleOptions

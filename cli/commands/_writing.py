@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_compose.checkpoint.writer import SHARD_SIZE
+from moe_compose.checkpoint.sharding import SHARD_SIZE
 
 from ..output import out
 from ..parameters import (

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_compose.surgery.anchor import AnchorOptions
+from moe_compose.surgery.expert_options import AnchorOptions
 
 from ..parameters import Output, with_options
 from ._steps import step

@@ -8,10 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_compose.surgery.add_expert import AddOptions
-from moe_compose.surgery.expand import ExpandOptions
-from moe_compose.surgery.remove_expert import RemoveOptions
-from moe_compose.surgery.swap_expert import SwapOptions
+from moe_compose.surgery.expert_options import AddOptions, ExpandOptions, RemoveOptions, SwapOptions
 
 from ..parameters import Moe, Output, with_options
 from ._routing import (

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from moe_compose.checkpoint.header import encode_header
 from moe_compose.checkpoint.source import DTYPE_BITS, TensorInfo
 
+#: Bytes of tensors in one file, unless asked otherwise: what the Hub's own tools default to.
+SHARD_SIZE = 5_000_000_000
+
 #: The key in a shard's metadata that names the plan it belongs to.
 DIGEST_KEY = "moe_compose.digest"
 

@@ -30,13 +30,11 @@ from moe_compose.checkpoint.destination import Destination
 from moe_compose.checkpoint.folder import CONFIG_NAME, INDEX_NAME
 from moe_compose.checkpoint.pipeline import Pipeline
 from moe_compose.checkpoint.reader import Checkpoint
+from moe_compose.checkpoint.sharding import SHARD_SIZE
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.checkpoint.survey import survey
 from moe_compose.checkpoint.write_state import StateFile, refuse_if_locked
 from moe_compose.errors import OptionError
-
-#: Bytes of tensors in one file, unless asked otherwise: what the Hub's own tools default to.
-SHARD_SIZE = 5_000_000_000
 
 log = logging.getLogger("moe_compose")
 

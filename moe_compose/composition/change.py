@@ -15,15 +15,13 @@ from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.surgery import add_expert as adding
 from moe_compose.surgery import remove_expert as removing
 from moe_compose.surgery import swap_expert as swapping
-from moe_compose.surgery.add_expert import AddOptions
 from moe_compose.surgery.donors import Donor
 from moe_compose.surgery.expert_names import names_of
+from moe_compose.surgery.expert_options import AddOptions, RemoveOptions, SwapOptions
 from moe_compose.surgery.history import read_json
 from moe_compose.surgery.pack_expert import ARTIFACT_NAME
 from moe_compose.surgery.plan import Plan
-from moe_compose.surgery.remove_expert import RemoveOptions
 from moe_compose.surgery.selection import moe_form
-from moe_compose.surgery.swap_expert import SwapOptions
 
 if TYPE_CHECKING:
     from moe_compose.calibration.texts import Texts

@@ -27,11 +27,10 @@ if TYPE_CHECKING:
     from moe_compose.calibration.data import Domain
     from moe_compose.checkpoint.source import TensorSource
     from moe_compose.composition.options import RoutingOptions
-    from moe_compose.surgery.add_expert import AddOptions
     from moe_compose.surgery.compose_options import ComposeOptions
     from moe_compose.surgery.donors import Donor
+    from moe_compose.surgery.expert_options import AddOptions, SwapOptions
     from moe_compose.surgery.plan import Plan
-    from moe_compose.surgery.swap_expert import SwapOptions
     from moe_compose.training.options import TrainOptions
 
 #: Carries a step out: where the recipe stands, options, what else is given → a plan, or a finding.

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_compose.checkpoint.writer import SHARD_SIZE
+from moe_compose.checkpoint.sharding import SHARD_SIZE
 from moe_compose.errors import MoeComposeError, OptionError, WriteError
 from moe_compose.recipe.conditions import check_conditions
 from moe_compose.recipe.missing import missing_files

@@ -12,9 +12,10 @@ from moe_compose.checkpoint import writer
 from moe_compose.checkpoint.copying import write_file
 from moe_compose.checkpoint.destination import Destination
 from moe_compose.checkpoint.reader import Checkpoint
+from moe_compose.checkpoint.sharding import SHARD_SIZE
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.checkpoint.write_state import STATE_NAME
-from moe_compose.checkpoint.writer import SHARD_SIZE, Progress
+from moe_compose.checkpoint.writer import Progress
 from moe_compose.errors import CheckpointError, WriteError
 from moe_compose.reporting import hashes
 from moe_compose.reporting.card import model_card, with_hashes

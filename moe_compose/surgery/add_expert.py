@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Literal
 
 from moe_compose.architectures import MoE
@@ -11,43 +11,15 @@ from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.surgery.donors import Donor, Giver
 from moe_compose.surgery.expert_names import index_of, name_problem, names_of
+from moe_compose.surgery.expert_options import ADD_ROUTERS, AddOptions
 from moe_compose.surgery.placing import Place, own_places, place_experts, sources_of
 from moe_compose.surgery.plan import Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.selected_config import with_top_k
-from moe_compose.surgery.selection import MtpPolicy, moe_form
-
-#: How the new router row starts.
-AddRouter = Literal["copy", "trained", "ridge", "hidden", "off"]
-ADD_ROUTERS: tuple[AddRouter, ...] = ("copy", "trained", "ridge", "hidden", "off")
+from moe_compose.surgery.selection import moe_form
 
 #: The plan's word for where the new expert comes from.
 DONOR = "donor"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AddOptions:
-    """Options of `add_expert`. Field, keyword, recipe key and command-line flag have one name.
-
-    Attributes:
-        name: What the new expert is called, so that it can be swapped or removed by name.
-        router: How its router row starts: copy (of --like), trained (the row that comes with it),
-            ridge or hidden (from text, or from packed statistics), or off (a row that is never
-            chosen, from text); by default ridge with text or statistics, copy without.
-        like: The expert, by name or number, whose row is copied; by default the one that the new
-            expert is a copy of, or 0.
-        rows: Which rows follow from the statistics: new, or all of them, solved again together.
-        top_k: Experts that each token passes through from now on; by default as before.
-        mtp: Experts of multi-token-prediction layers, which the config counts too: prune keeps
-            their own and repeats the one that --like names, drop leaves these layers out.
-    """
-
-    name: str | None = None
-    router: AddRouter | None = None
-    like: str | None = None
-    rows: Literal["new", "all"] = "new"
-    top_k: int | None = None
-    mtp: MtpPolicy = "prune"
 
 
 def add_expert(source: TensorSource, donor: Donor, options: AddOptions) -> Plan:

@@ -8,12 +8,13 @@ domain. What trains beside it depends on the stage, which `freeze.json` says.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.surgery.expert_names import name_problem, set_names
+from moe_compose.surgery.expert_options import AnchorOptions
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.upcycle import upcycle
 from moe_compose.surgery.upcycle_options import UpcycleOptions
@@ -27,21 +28,6 @@ FREEZE: Mapping[str, Any] = {
     "anchors": [0],
     "stages": {"mid": [], "sft": ["embedding", "head"], "rl": ["all"]},
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnchorOptions:
-    """Options of `anchor`. Field, keyword, recipe key and command-line flag have one name.
-
-    Attributes:
-        name: What the trainable expert is called.
-        target: MoE family of the result, such as flex_olmo; by default the most portable exact one.
-        seed: Seed of the router's rows.
-    """
-
-    name: str = "expert"
-    target: str | None = None
-    seed: int = 0
 
 
 def anchor(base: TensorSource, options: AnchorOptions) -> Plan:

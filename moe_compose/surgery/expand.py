@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
 
 from moe_compose.architectures import Architecture, MoE
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError, UnsupportedError
+from moe_compose.surgery.expert_options import ExpandOptions
 from moe_compose.surgery.plan import Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.selected_config import with_top_k
-from moe_compose.surgery.selection import MtpPolicy, moe_form, select_experts
+from moe_compose.surgery.selection import moe_form, select_experts
 from moe_compose.surgery.upcycle_options import MOST_EXPERTS
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpandOptions:
-    """Options of `expand`. Field, keyword, recipe key and command-line flag have one name.
-
-    Attributes:
-        factor: How often every expert is there.
-        top_k: Experts that each token passes through: scale by the factor, which computes the
-            same, or keep, which does not.
-        mtp: Experts of multi-token-prediction layers: prune repeats them too, drop leaves these
-            layers out.
-    """
-
-    factor: int = 2
-    top_k: Literal["scale", "keep"] = "scale"
-    mtp: MtpPolicy = "prune"
 
 
 def expand(source: TensorSource, options: ExpandOptions) -> Plan:

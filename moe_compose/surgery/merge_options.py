@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from moe_compose.architectures import MoE
-from moe_compose.surgery.selection import MtpPolicy, group_problem
+from moe_compose.surgery.expert_options import MtpPolicy
+
+if TYPE_CHECKING:
+    from moe_compose.architectures import MoE
 
 MergeMethod = Literal["hc-smoe", "m-smoe", "ream"]
 RouterRow = Literal["representative", "mean"]
@@ -82,6 +84,8 @@ def merge_option_problems(options: MergeOptions, moe: MoE) -> Iterator[str]:
 
 
 def _count_problems(options: MergeOptions, moe: MoE) -> Iterator[str]:
+    from moe_compose.surgery.selection import group_problem
+
     count, groups = options.keep, moe.routing.groups if moe.routing.grouped else 1
     if count is None:
         yield "keep says how many experts are left; it is not given"

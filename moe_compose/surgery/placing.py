@@ -19,13 +19,14 @@ from moe_compose.surgery.averages import Mix
 from moe_compose.surgery.compatible import config_differences
 from moe_compose.surgery.donors import Giver
 from moe_compose.surgery.expert_names import set_names
+from moe_compose.surgery.expert_options import MtpPolicy
 from moe_compose.surgery.ffn import FFN, matrix
 from moe_compose.surgery.indices import Rows
 from moe_compose.surgery.pairing import stated_config, unmet
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.preservation import output_factor, split_factor
 from moe_compose.surgery.roles import Role, Roles
-from moe_compose.surgery.selection import MtpPolicy, Selected, moe_form, select_experts
+from moe_compose.surgery.selection import Selected, moe_form, select_experts
 from moe_compose.surgery.target import target_config
 from moe_compose.surgery.transforms import Concat, Read, Reshape, Take, Transform
 from moe_compose.surgery.upcycle_options import UpcycleOptions

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from moe_compose.architectures import MoE
-from moe_compose.surgery.selection import MtpPolicy, group_problem
+from moe_compose.surgery.expert_options import MtpPolicy
+
+if TYPE_CHECKING:
+    from moe_compose.architectures import MoE
 
 Criterion = Literal[
     "reap", "frequency", "gate-sum", "ean-sum", "ean-mean", "ean-mean-sq", "weighted-ean",
@@ -142,6 +144,8 @@ def option_problems(options: PruneOptions, moe: MoE) -> Iterator[str]:
 
 
 def _count_problems(options: PruneOptions, moe: MoE) -> Iterator[str]:
+    from moe_compose.surgery.selection import group_problem
+
     if options.ratio is not None and not 0 <= options.ratio < 1:
         yield f"ratio ({options.ratio}) must be at least 0 and below 1"
         return

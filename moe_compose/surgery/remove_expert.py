@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from moe_compose.architectures import MoE
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.surgery.expert_names import index_of
+from moe_compose.surgery.expert_options import RemoveOptions
 from moe_compose.surgery.plan import Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.selected_config import with_top_k
-from moe_compose.surgery.selection import MtpPolicy, moe_form, select_experts
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RemoveOptions:
-    """Options of `remove_expert`. Field, keyword, recipe key and command-line flag have one name.
-
-    Attributes:
-        expert: An expert to remove from every layer, by name or number; again for more.
-        top_k: Experts that each token passes through from now on; by default as before.
-        mtp: Experts of multi-token-prediction layers: prune removes them too, drop leaves these
-            layers out.
-    """
-
-    expert: tuple[str, ...]
-    top_k: int | None = None
-    mtp: MtpPolicy = "prune"
+from moe_compose.surgery.selection import moe_form, select_experts
 
 
 def remove_expert(source: TensorSource, options: RemoveOptions) -> Plan:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from moe_compose.architectures import Architecture, MoE, find
 from moe_compose.architectures.dialects import both_dialects
@@ -19,6 +19,7 @@ from moe_compose.architectures.parts import Locator, layout_of
 from moe_compose.checkpoint.source import TensorInfo, TensorSource
 from moe_compose.errors import UnsupportedError
 from moe_compose.surgery.expert_names import names_of, set_names
+from moe_compose.surgery.expert_options import MtpPolicy
 from moe_compose.surgery.indices import Picks, Rows
 from moe_compose.surgery.plan import OutputTensor
 from moe_compose.surgery.roles import NUMBERED, Role, Roles
@@ -26,9 +27,6 @@ from moe_compose.surgery.selected_config import rename_modules, with_count, with
 from moe_compose.surgery.shared_tensors import natural
 from moe_compose.surgery.tables import Renumber
 from moe_compose.surgery.transforms import Concat, Read, Take, Transform
-
-#: What becomes of multi-token-prediction layers, whose experts are counted by the same entry.
-MtpPolicy = Literal["prune", "keep", "drop"]
 
 #: What only transformers 5 writes; older readers take defaults in its place without a word.
 _NEW_DIALECT = ("rope_parameters", "dtype")

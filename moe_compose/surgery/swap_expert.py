@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
 
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.surgery.add_expert import DONOR
 from moe_compose.surgery.donors import Donor, Giver
 from moe_compose.surgery.expert_names import index_of, name_problem, names_of
+from moe_compose.surgery.expert_options import SWAP_ROUTERS, SwapOptions
 from moe_compose.surgery.placing import Place, own_places, place_experts, sources_of
 from moe_compose.surgery.plan import Plan, Preservation
 from moe_compose.surgery.selection import moe_form
-
-#: What becomes of the router row.
-SwapRouter = Literal["keep", "trained", "ridge", "hidden"]
-SWAP_ROUTERS: tuple[SwapRouter, ...] = ("keep", "trained", "ridge", "hidden")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SwapOptions:
-    """Options of `swap_expert`. Field, keyword, recipe key and command-line flag have one name.
-
-    Attributes:
-        expert: The expert that goes, by name or number.
-        name: What the new one is called; by default as the old one.
-        router: Its router row: keep (the old expert's), trained (the row that comes with it), ridge
-            or hidden (from text, or from packed statistics).
-    """
-
-    expert: str
-    name: str | None = None
-    router: SwapRouter = "keep"
 
 
 def swap_expert(source: TensorSource, donor: Donor, options: SwapOptions) -> Plan:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from moe_compose.architectures import Architecture, Twin
 from moe_compose.checkpoint.source import FLOAT_DTYPES
 from moe_compose.errors import OptionError
+
+if TYPE_CHECKING:
+    from moe_compose.architectures import Architecture, Twin
 
 Method = Literal["copy", "granular", "shared", "noise", "drop", "shuffle"]
 RouterLaw = Literal["normal", "uniform", "zeros"]

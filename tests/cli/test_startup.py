@@ -14,19 +14,23 @@ import pytest
 from hand_made import Make
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
-PROBE = f"""
+PROBE = """
 import json, sys
 from moe_compose_cli.main import run
-code = run(sys.argv[1:])
-found = [name for name in {HEAVY} if name in sys.modules]
+heavy, *words = sys.argv[1:]
+code = run(words)
+found = [name for name in heavy.split() if name in sys.modules]
 print(json.dumps([code, found]), file=sys.stderr)
 """
 
 
-def probe(*words: str) -> tuple[int, list[str]]:
+def probe(*words: str, heavy: tuple[str, ...] = HEAVY) -> tuple[int, list[str]]:
     """Exit code, and heavy modules that were imported."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROBE, " ".join(heavy), *words],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     code, found = json.loads(done.stderr.splitlines()[-1])
     return code, found
@@ -46,6 +50,13 @@ def probe(*words: str) -> tuple[int, list[str]]:
 )
 def test_torch_is_not_imported(words: tuple[str, ...]) -> None:
     assert probe(*words) == (0, [])
+
+
+@pytest.mark.parametrize("words", [("--help",), ("prune", "--help"), ("add-expert", "--help")])
+def test_help_loads_no_surgery(words: tuple[str, ...]) -> None:
+    """Options are described apart from what carries them out."""
+    rooms = ("moe_compose.architectures", "moe_compose.surgery.plan", "moe_compose.runtime")
+    assert probe(*words, heavy=(*HEAVY, *rooms)) == (0, [])
 
 
 @pytest.mark.parametrize("flag", ["--json", "--quiet"])

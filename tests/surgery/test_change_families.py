@@ -20,14 +20,15 @@ import moe_compose as mc
 from moe_compose.architectures import all_architectures
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import CheckpointError, UnsupportedError
-from moe_compose.surgery.add_expert import AddOptions, add_expert
+from moe_compose.surgery.add_expert import add_expert
 from moe_compose.surgery.donors import Donor
-from moe_compose.surgery.expand import ExpandOptions, expand
+from moe_compose.surgery.expand import expand
 from moe_compose.surgery.expert_names import names_of
-from moe_compose.surgery.remove_expert import RemoveOptions, remove_expert
+from moe_compose.surgery.expert_options import AddOptions, ExpandOptions, RemoveOptions, SwapOptions
+from moe_compose.surgery.remove_expert import remove_expert
 from moe_compose.surgery.roles import Roles
 from moe_compose.surgery.selection import moe_form
-from moe_compose.surgery.swap_expert import SwapOptions, swap_expert
+from moe_compose.surgery.swap_expert import swap_expert
 
 FAMILIES = [
     n for n, form in all_architectures().items() if form.is_moe and n in TINY and not form.read_only
