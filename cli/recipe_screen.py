@@ -102,6 +102,7 @@ class Followed(Shown):
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self.findings: list[dict[str, Any]] = []
+        self.sound = True
 
     def begins(self, step: int, operation: str) -> None:
         """A line."""
@@ -119,12 +120,11 @@ class Followed(Shown):
 
     def found(self, step: int, operation: str, result: Any) -> None:
         """The screen of the command of that name; figures are kept, for programs."""
-        said = result.to_json() if hasattr(result, "to_json") else None
-        if operation == "calibrate":
-            from moe_compose.calibration.summary import to_json
-
-            said = to_json(result)
+        said = _document_of(operation, result)
         self.findings.append({"step": step, "operation": operation, "result": said})
+        if operation == "evaluate" and not result.finite:
+            self.sound = False
+            out.warn("the loss is not finite: a weight is NaN or infinite, or overflows")
         for screen in _screens(operation, result):
             out.show(screen)
 
@@ -133,6 +133,19 @@ class Followed(Shown):
         out.show(Text(f"written: {done.folder}"))
         if done.report is not None:
             out.show(report_screen(done.report))
+
+
+def _document_of(operation: str, result: Any) -> Any:
+    """What the command of this name tells programs."""
+    if operation == "calibrate":
+        from moe_compose.calibration.summary import to_json
+
+        return to_json(result)
+    if operation == "pack-expert":
+        from .pack_screen import packed
+
+        return packed(result)
+    return str(result) if isinstance(result, Path) else result.to_json()
 
 
 def _screens(operation: str, result: Any) -> Iterator[RenderableType]:

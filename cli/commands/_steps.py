@@ -42,8 +42,7 @@ def given_of(name: str, /, **values: Any) -> dict[str, Any]:
     from moe_compose.recipe.inputs import read_given
     from moe_compose.recipe.steps import STEPS
 
-    keys = {key: key.removesuffix("_") for key in values}
-    return read_given(STEPS[name].inputs, {keys[k]: v for k, v in values.items()})
+    return read_given(STEPS[name].inputs, {k.removesuffix("_"): v for k, v in values.items()})
 
 
 def step(
@@ -61,7 +60,7 @@ def step(
     def make(original: Checkpoint) -> Plan:
         from moe_compose.recipe.steps import STEPS
 
-        state = State(dry=how.dry_run, resume=how.resume, watch=Shown(), model=original)
+        state = State(dry=how.dry_run, alone=True, resume=how.resume, watch=Shown(), model=original)
         if "base" in given:
             state.opened[given["base"]] = original
         plan: Plan = STEPS[name].act(state, options, given)
@@ -82,5 +81,5 @@ def find(name: str, source: str, options: Any, given: Mapping[str, Any], **how: 
     """
     from moe_compose.recipe.steps import STEPS
 
-    state = State(watch=Shown(), **how)
+    state = State(alone=True, watch=Shown(), **how)
     return STEPS[name].act(state, options, {"source": source, **given})

@@ -13,6 +13,7 @@ from ..output import out
 from ..parameters import Json, Overwrite, Quiet, Resume
 
 if TYPE_CHECKING:
+    from moe_compose.errors import MoeComposeError
     from moe_compose.recipe.reading import Recipe
     from moe_compose.recipe.state import Written
 
@@ -72,7 +73,7 @@ def run(
     if dry_run:
         _show(found, resume, overwrite)
         return
-    written, findings = _run(found, resume, overwrite)
+    written, findings, sound = _run(found, resume, overwrite)
     document = {
         "output": None if found.output is None else str(found.output),
         "seconds": round(time.monotonic() - begun, 3),
@@ -82,14 +83,17 @@ def run(
                 "step": w.step,
                 "folder": str(w.folder),
                 "validation": w.report.to_json() if w.report else None,
-                **({"pushed": w.pushed} if w.pushed else {}),
             }
             for w in written
         ],
         "found": findings,
     }
+    failed = _push(found, written, document)
     out.result(document, str(found.output or ""))
-    if any(w.report is not None and not w.report.ok for w in written):
+    if failed is not None:
+        out.error(failed)
+        raise typer.Exit(failed.exit_code)
+    if not sound or any(w.report is not None and not w.report.ok for w in written):
         raise typer.Exit(3)
 
 
@@ -108,16 +112,35 @@ def _show(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     out.result(watch.document(recipe), str(recipe.output or ""))
 
 
+def _push(
+    recipe: Recipe, written: list[Written], document: dict[str, Any]
+) -> MoeComposeError | None:
+    """The last result to the Hub; what is told of it, or why it is not there."""
+    from moe_compose.errors import MoeComposeError
+    from moe_compose.recipe.running import push_last
+
+    from ._steps import Shown
+
+    if recipe.push_to_hub is None:
+        return None
+    document["pushed"] = None
+    try:
+        document["pushed"] = push_last(recipe, written[-1], Shown()).pushed or None
+    except MoeComposeError as error:
+        return error
+    return None
+
+
 def _run(
     recipe: Recipe, resume: bool, overwrite: bool
-) -> tuple[list[Written], list[dict[str, Any]]]:
-    """What was written, and what was found."""
+) -> tuple[list[Written], list[dict[str, Any]], bool]:
+    """What was written, what was found, and whether all losses are finite."""
     from moe_compose.recipe.running import run_recipe
 
     from ..recipe_screen import Followed
 
     watch = Followed(recipe)
     out.interrupted = "What was saved is kept: the same command with --resume continues."
-    written = run_recipe(recipe, resume=resume, overwrite=overwrite, watch=watch)
+    written = run_recipe(recipe, resume=resume, overwrite=overwrite, push=False, watch=watch)
     out.interrupted = ""
-    return written, watch.findings
+    return written, watch.findings, watch.sound

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.composition.kept import SEARCH_NAME, stats_of, with_stats
@@ -17,7 +17,7 @@ from moe_compose.surgery import remove_expert as removing
 from moe_compose.surgery import swap_expert as swapping
 from moe_compose.surgery.donors import Donor
 from moe_compose.surgery.expert_names import names_of
-from moe_compose.surgery.expert_options import AddOptions, RemoveOptions, SwapOptions
+from moe_compose.surgery.expert_options import AddOptions, AddRouter, RemoveOptions, SwapOptions
 from moe_compose.surgery.history import read_json
 from moe_compose.surgery.pack_expert import ARTIFACT_NAME
 from moe_compose.surgery.plan import Plan
@@ -71,11 +71,10 @@ def add_expert(
     options = options or AddOptions()
     at = moe_form(source)[1].num_experts
     name = options.name or str(at)
-    by_text = _own(texts, name) is not None or _packed_stats(given) is not None
-    router = options.router or ("ridge" if by_text else "copy")
+    router = router_of(given, options, texts, name)
     if problems := idle_text(texts, router):
         raise OptionError("these options cannot be meant", problems=problems)
-    settled = replace(options, router=router)
+    settled = replace(options, router=cast(AddRouter, router))
     plan = adding.add_expert(source, given, settled)
     check_base(source, given)
     if router in ("copy", "trained"):
@@ -177,6 +176,14 @@ def check_base(source: TensorSource, donor: Donor) -> None:
             f"{source.label} has {found[:12]})",
             hint="An expert works beside the shared parameters that it was trained with.",
         )
+
+
+def router_of(
+    donor: Donor, options: AddOptions | SwapOptions, texts: Given | None, name: str
+) -> str:
+    """How the row of a new expert starts, where the options leave it open too."""
+    by_text = _own(texts, name) is not None or _packed_stats(donor) is not None
+    return options.router or ("ridge" if by_text else "copy")
 
 
 def _own(texts: Given | None, name: str) -> Texts | None:

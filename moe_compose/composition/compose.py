@@ -69,18 +69,32 @@ def compose(
         ... )
     """
     given = {n: d if isinstance(d, Donor) else Donor(d.label, d) for n, d in donors.items()}
-    wanted = options or ComposeOptions()
-    settled = wanted.settled(text=bool(texts), pairs=all_pairs(list(given.values())))
+    chosen = settled(given, options or ComposeOptions(), texts, embeddings)
+    work = _Work(base, given, texts or {}, routing or RoutingOptions(), embeddings or {}, progress)
+    if chosen.shared != "best":
+        return work.plan(chosen)
+    return work.best(chosen)
+
+
+def settled(
+    donors: Mapping[str, Donor],
+    options: ComposeOptions,
+    texts: Mapping[str, Texts] | None,
+    embeddings: Mapping[str, Tensor] | None,
+) -> ComposeOptions:
+    """The options with nothing left open.
+
+    Raises:
+        OptionError: options that cannot be meant, or text that is missing; all faults at once.
+    """
+    found = options.settled(text=bool(texts), pairs=all_pairs(list(donors.values())))
     problems = [
-        *compose_option_problems(settled, list(given)),
-        *_evidence_problems(settled, list(given), texts, embeddings),
+        *compose_option_problems(found, list(donors)),
+        *_evidence_problems(found, list(donors), texts, embeddings),
     ]
     if problems:
         raise OptionError("these options cannot be meant", problems=problems)
-    work = _Work(base, given, texts or {}, routing or RoutingOptions(), embeddings or {}, progress)
-    if settled.shared != "best":
-        return work.plan(settled)
-    return work.best(settled)
+    return found
 
 
 def _evidence_problems(

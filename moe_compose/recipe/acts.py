@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.calibration.data import parse_domains, read_domains, read_texts
@@ -20,8 +21,6 @@ from moe_compose.surgery.compose_options import WITH_TEXT
 from moe_compose.surgery.unchanged import LATER, unchanged
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from moe_compose.calibration.data import Domain
@@ -62,7 +61,7 @@ def routing(given: Mapping[str, Any], **more: Any) -> RoutingOptions:
 
 def compose_models(state: State, options: ComposeOptions, given: Mapping[str, Any]) -> Plan:
     """Models become the experts of one."""
-    from moe_compose.composition.compose import compose
+    from moe_compose.composition.compose import compose, settled
 
     texts: dict[str, Any] = dict(by_name(given.get("data", ())))
     scale: dict[str, Any] = {}
@@ -77,11 +76,11 @@ def compose_models(state: State, options: ComposeOptions, given: Mapping[str, An
         origin, words = _base_of(given), given["expert"]
     how = routing(given, seed=options.seed, **scale)
     base, donors = state.open(origin), _donors(state, words)
+    embeddings = _embeddings(given["embeddings"]) if "embeddings" in given else {}
     if state.dry:
         if texts:
             state.watch.remark(_DRY)
-        return _unmeasured(base, donors, options, text=bool(texts))
-    embeddings = _embeddings(given["embeddings"]) if "embeddings" in given else {}
+        return _unmeasured(base, donors, settled(donors, options, texts, embeddings))
     with state.layers("measuring router inputs") as count:
         return compose(
             base, donors, options, texts, routing=how, embeddings=embeddings, progress=count
@@ -141,17 +140,12 @@ def _donors(state: State, words: tuple[str, ...]) -> dict[str, Donor]:
     return found
 
 
-def _unmeasured(
-    base: TensorSource, donors: Mapping[str, Donor], options: ComposeOptions, *, text: bool
-) -> Plan:
+def _unmeasured(base: TensorSource, donors: Mapping[str, Donor], options: ComposeOptions) -> Plan:
     """The plan with rows of zeros: names and sizes are the same."""
     from moe_compose.surgery.compose import plan_composition
-    from moe_compose.surgery.members import all_pairs
 
-    settled = options.settled(text=text, pairs=all_pairs(list(donors.values())))
-    if settled.shared == "best":
-        settled = replace(settled, shared="mean")
-    return plan_composition(base, donors, settled)
+    shared = "mean" if options.shared == "best" else options.shared
+    return plan_composition(base, donors, replace(options, shared=shared))
 
 
 def _embeddings(path: Path) -> dict[str, Tensor]:
@@ -165,14 +159,15 @@ def _embeddings(path: Path) -> dict[str, Tensor]:
 
 
 def texts_of(given: Mapping[str, Any]) -> tuple[Domain, ...]:
-    """Text by domain, or of none, read.
+    """Text by domain, or of none, read; a file whose name has a = in it is a file.
 
     Raises:
         OptionError: there is none, or text that cannot be used.
     """
     data = given.get("data", ())
-    named = [*given.get("domain", ()), *(word for word in data if "=" in word)]
-    return read_domains(parse_domains(named, [word for word in data if "=" not in word]))
+    plain = [word for word in data if "=" not in word or Path(word).exists()]
+    named = [*given.get("domain", ()), *(word for word in data if word not in plain)]
+    return read_domains(parse_domains(named, plain))
 
 
 def add(state: State, options: AddOptions, given: Mapping[str, Any]) -> Plan:
@@ -206,11 +201,14 @@ def _placed(
 ) -> Plan:
     """An expert put into a model; its row follows from text, but for a dry run."""
     from moe_compose.composition import change
+    from moe_compose.composition.options import idle_text
 
     donor, how = state.donor(given["from"]), routing(given)
     texts = by_name(given.get("data", ()), name)
     plan: Plan
     if state.dry:
+        if problems := idle_text(texts, change.router_of(donor, options, texts, name)):
+            raise OptionError("these options cannot be meant", problems=problems)
         if texts:
             state.watch.remark(_DRY)
         plan = getattr(import_module(f"moe_compose.surgery.{verb}"), verb)(source, donor, options)
@@ -244,12 +242,13 @@ class Training:
         held = read_texts(*given["eval_data"]) if "eval_data" in given else None
         source, adapter_out = state.source(given), given.get("adapter_out")
         teacher = state.open(given["teacher"]) if "teacher" in given else None
-        if teacher is None and options.objective in ("distill", "layer"):
+        taught = options.objective in ("distill", "layer")
+        if teacher is None and taught and "source" not in given:
             teacher = state.before
         if adapter_out is not None:
             from moe_compose.training.setup import check_adapter_folder
 
-            check_adapter_folder(adapter_out, options)
+            check_adapter_folder(adapter_out, options, again=state.resume or state.overwrite)
         return cls(source, texts, held, teacher, adapter_out)
 
 
@@ -286,5 +285,6 @@ def trained(state: State, options: TrainOptions, job: Training) -> Plan:
             folder=state.folder,
             resume=state.resume,
             adapter_out=job.adapter_out,
+            overwrite=state.overwrite,
             progress=tell,
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_compose.calibration.data import read_texts
+from moe_compose.calibration.data import parse_domains, read_domains
 from moe_compose.errors import OptionError
 from moe_compose.recipe.recovery import Recovery
 from moe_compose.recipe.state import State
@@ -30,17 +30,20 @@ def prune_experts(state: State, options: PruneOptions, given: Mapping[str, Any])
     """Fewer experts."""
     from moe_compose.calibration.pruning import prune
     from moe_compose.surgery.prune import check_options
-    from moe_compose.tradeoff.fewest import fewest
+    from moe_compose.tradeoff.fewest import check_limit, fewest
 
     source, recovery = state.source(given), Recovery.of(given, by_data=True)
-    if "max_kl" not in given:
+    if "max_kl" in given:
+        check_limit(source, given["max_kl"], options)
+    else:
         check_options(source, options)
     evidence = _evidence(state, source, options, given)
+    record = {"stats": given["stats"].name} if "stats" in given else {}
     if state.dry:
         if recovery.fitted is not None:
             state.watch.remark(_DRY)
-        return _unmeasured(state, source, options, given, evidence)
-    record = {"stats": given["stats"].name} if "stats" in given else {}
+        plan = _unmeasured(state, source, options, given, evidence)
+        return replace(plan, options={**plan.options, **record})
     if recovery.held is None:
         plan = prune(source, evidence, options)
         plan = replace(plan, options={**plan.options, **record})
@@ -98,7 +101,7 @@ def _evidence(
     criterion = options.criterion
     if "stats" in given and criterion in WITHOUT_STATS:
         raise OptionError(f"--stats has no meaning for criterion {criterion}: leave it out")
-    if criterion == "aimer" and not state.dry:
+    if criterion == "aimer" and (state.alone or not state.dry):
         from moe_compose.calibration.aimer import rank_by_weights
 
         with state.layers("reading experts") as count:
@@ -128,13 +131,14 @@ def merge_experts(state: State, options: MergeOptions, given: Mapping[str, Any])
     if state.dry and recovery.fitted is not None:
         state.watch.remark(_DRY)
     if "domain" in given:
-        texts = read_texts(*given["domain"])
+        texts = read_domains(parse_domains(given["domain"]))
         if state.dry:
+            state.watch.remark("Dry run: nothing is measured; what is merged with what is open.")
             return merge_unmeasured(source, options)
         plan = _in_sequence(state, source, texts, options, measure, given)
     else:
         stats = state.statistics(given, source)
-        if stats is None:
+        if stats is None or (state.dry and not state.alone):
             return merge_unmeasured(source, options)
         plan = _by_statistics(state, source, stats, options, given)
     return plan if state.dry else recovery.refitted(state, plan, source)

@@ -10,8 +10,8 @@ from moe_compose.checkpoint.copying import os_errors, write_file
 from moe_compose.errors import CheckpointError, OptionError, WriteError
 from moe_compose.recipe.acts import routing, texts_of
 from moe_compose.recipe.inputs import by_name
-from moe_compose.recipe.recovery import refit_text
-from moe_compose.recipe.state import State
+from moe_compose.recipe.recovery import refit_options, refit_text
+from moe_compose.recipe.state import State, place_of
 
 if TYPE_CHECKING:
     from moe_compose.calibration.data import Domain
@@ -37,7 +37,7 @@ def measure(
     if place is not None and state.dry and not state.resume:
         check_place(place, resume=False, overwrite=state.overwrite)
     texts, source = texts_of(given), state.source(given)
-    state.model, state.measuring, state.measured = source, options, source.digest()
+    state.model, state.measuring, state.measured = state.model or source, options, source.digest()
     if state.dry:
         return None
     if place is None and state.folder is not None:
@@ -61,15 +61,20 @@ def _kept(
         WriteError: what is there was measured on something else.
     """
     from moe_compose.calibration import files
+    from moe_compose.calibration.pruning import check_statistics
     from moe_compose.calibration.stats import ExpertStats
     from moe_compose.calibration.texts import tokens_of
 
     if not state.resume or place is None or not files.is_stats(place):
         return None
-    found = ExpertStats.load(place).check(source)
-    if found.record.text != tokens_of(source, texts, options).digest():
+    found, tokens = ExpertStats.load(place), tokens_of(source, texts, options)
+    check_statistics(found, source)
+    every = sum(tokens.tokens.values())
+    sample = min(options.sample, every) if options.similarity else 0
+    asked = (tokens.digest(), sample, min(options.loo_tokens, every))
+    if asked != (found.record.text, found.record.sample, found.record.loo_tokens):
         raise WriteError(
-            f"{place} was measured on other text, or on another draw of it",
+            f"{place} was measured on other text, on another draw of it, or otherwise",
             hint="Give another place, or start again with --overwrite.",
         )
     return found
@@ -125,9 +130,9 @@ def judge(state: State, options: EvaluateOptions, given: Mapping[str, Any]) -> E
 
 def weigh(state: State, options: EvaluateOptions, given: Mapping[str, Any]) -> Sweep | None:
     """Quality against size of pruned models that are never written."""
-    from moe_compose.recovery.options import RefitOptions
     from moe_compose.reporting.documents import encode
     from moe_compose.reporting.sweep_plot import check_picture, draw_sweep
+    from moe_compose.surgery.prune_options import WITHOUT_STATS
     from moe_compose.tradeoff.sweep import sweep
 
     asked = _asked(options, given)
@@ -137,9 +142,14 @@ def weigh(state: State, options: EvaluateOptions, given: Mapping[str, Any]) -> S
         check_picture(picture)
     texts, source = texts_of(given), state.source(given)
     stats = state.statistics(given, source)
+    needy = [c for c in asked.criteria if c not in WITHOUT_STATS]
+    if needy and "stats" not in given and state.measuring is None:
+        raise OptionError(
+            f"criteria {', '.join(needy)} need statistics: moe-compose calibrate makes them",
+            hint="Give them (--stats FOLDER), or, in a recipe, a calibrate step before.",
+        )
     if state.dry:
         return None
-    tokens = {"tokens": given["refit_tokens"]} if "refit_tokens" in given else {}
     with state.watch.counting(f"evaluating candidates of {source.label}", "candidates") as count:
         found = sweep(
             source,
@@ -147,7 +157,7 @@ def weigh(state: State, options: EvaluateOptions, given: Mapping[str, Any]) -> S
             texts,
             asked,
             evaluation=options,
-            refit=RefitOptions(**tokens) if given.get("refit") else None,
+            refit=refit_options(given) if given.get("refit") else None,
             refit_on=fitted,
             progress=count,
         )
@@ -181,11 +191,12 @@ def plan_bits(state: State, options: QuantPlanOptions, given: Mapping[str, Any])
     source, folder = state.source(given), given.get("out")
     if folder is not None:
         check_quant_folder(folder, overwrite=state.overwrite or state.resume)
+    if "stats" not in given and state.measuring is None:
+        raise OptionError("quant-plan needs statistics: a calibrate step before it, or stats")
+    stats = state.statistics(given, source)
     if state.dry:
         return None
-    stats = state.statistics(given, source)
-    if stats is None:
-        raise OptionError("quant-plan needs statistics: a calibrate step before it, or stats")
+    assert stats is not None
     plan: QuantPlan = plan_quantisation(source, stats, options)
     if folder is not None:
         write_quant_plan(plan, folder, overwrite=True)
@@ -194,31 +205,37 @@ def plan_bits(state: State, options: QuantPlanOptions, given: Mapping[str, Any])
 
 def tell(state: State, options: None, given: Mapping[str, Any]) -> Path | None:
     """One HTML page about a model."""
+    from moe_compose.calibration.stats import ExpertStats
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.reporting.report import check_page, write_report
     from moe_compose.surgery.history import read_json
 
     source, page = state.source(given), _free(given, "out", state)
     check_page(given["out"])
-    if state.dry:
-        return None
-    if not isinstance(source, Checkpoint):
+    coming = state.saved
+    if "source" in given:
+        coming = place_of(given["source"]) in state.promised
+    if not (isinstance(source, Checkpoint) or (state.dry and coming)):
         raise OptionError(
             "report is about a checkpoint that is written",
             hint="Let the step before it say save: FOLDER, or make it the last one.",
         )
+    if state.dry:
+        return None
+    assert isinstance(source, Checkpoint)
     assert page is not None
     sweep = given.get("sweep")
     found = None if sweep is None else read_json(sweep, sweep.parent.name)
     if found is not None and not isinstance(found, dict):
         raise CheckpointError(f"{sweep} is no sweep", hint="Give the file that sweep --out wrote.")
-    stats = state.statistics(given, source) if "stats" in given else None
+    stats = ExpertStats.load(given["stats"]) if "stats" in given else None
     write_report(source, page, stats=stats, sweep=found, overwrite=state.overwrite or state.resume)
     return page
 
 
 def pack(state: State, options: None, given: Mapping[str, Any]) -> Plan:
     """One expert as a small checkpoint of its own."""
+    from moe_compose.checkpoint.writer import check_destination
     from moe_compose.composition.pack import pack_expert, pack_unmeasured
 
     folder, source = given["save"], state.source(given)
@@ -227,7 +244,10 @@ def pack(state: State, options: None, given: Mapping[str, Any]) -> Plan:
     expert = given.get("expert")
     names: dict[str, Any] = {n: given.get(n) for n in ("name", "target")}
     if state.dry:
-        return pack_unmeasured(source, expert, base=base, **names)
+        plan = pack_unmeasured(source, expert, base=base, **names)
+        if not state.resume:
+            check_destination(plan, folder, overwrite=state.overwrite)
+        return plan
     with state.layers("measuring router inputs") as count:
         plan = pack_expert(
             source,
@@ -271,7 +291,9 @@ def _free(given: Mapping[str, Any], name: str, state: State) -> Path | None:
         return None
     if not path.name or path.is_dir():
         raise OptionError(f"--{name} ({path}) is a folder", hint="Name a file.")
-    if path.exists() and not state.overwrite and not state.resume:
+    begun = path.with_name(f"{path.name}.partial").exists()
+    again = state.overwrite or (state.resume and (begun or not state.alone))
+    if path.exists() and not again:
         raise WriteError(f"{path} is there already", hint="Replace it with --overwrite.")
     if not state.dry:
         with os_errors(f"write {path}"):

@@ -58,7 +58,8 @@ class Input:
             ValueError: it is none; what it must be, in words.
         """
         if self.kind in _PLAIN:
-            return converted(value, _PLAIN[self.kind])
+            found = converted(value, _PLAIN[self.kind])
+            return found.expanduser() if isinstance(found, Path) else found
         if self.kind == "bytes":
             return parse_bytes(value)
         if self.kind in ("model", "donor"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_compose.errors import OptionError
 from moe_compose.recipe.reading import Recipe, RecipeStep
+from moe_compose.recipe.state import place_of
 
 
 def missing_files(recipe: Recipe) -> None:
@@ -15,13 +16,13 @@ def missing_files(recipe: Recipe) -> None:
     Raises:
         OptionError: some are not there.
     """
-    made: set[Path] = set()
+    made: set[str] = set()
     problems = []
     for step in recipe.steps:
         for name, path in _read_by(step):
-            if path not in made and not path.expanduser().exists():
+            if place_of(path) not in made and not path.expanduser().exists():
                 problems.append(f"{step.lines.get(name, step.place)}: there is no {path}")
-        made |= {v for n, v in step.given.items() if _kind(step, n) in ("save", "out")}
+        made |= {place_of(v) for n, v in step.given.items() if _kind(step, n) in ("save", "out")}
     if recipe.data is not None and not recipe.data.expanduser().exists():
         problems.append(f"data: there is no {recipe.data}")
     if problems:

@@ -33,8 +33,11 @@ def _words(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 def compared_on(given: Mapping[str, Any]) -> Path | None:
     """Text of a pruning that is neither to search nor to refit by: its result is compared on it."""
-    words = _words(given)
-    return None if recovers(given) or len(words) != 1 else Path(words[0])
+    words = given.get("data", ())
+    if recovers(given) or "domain" in given or len(words) != 1 or words[0].startswith("hf:"):
+        return None
+    path = Path(words[0])
+    return path if path.exists() or "=" not in words[0] else None
 
 
 def refit_text(given: Mapping[str, Any]) -> tuple[Domain, ...] | None:
@@ -48,6 +51,13 @@ def refit_text(given: Mapping[str, Any]) -> tuple[Domain, ...] | None:
     if not given.get("refit"):
         raise OptionError("--refit-on has no meaning without --refit")
     return read_texts(*given["refit_on"])
+
+
+def refit_options(given: Mapping[str, Any]) -> RefitOptions:
+    """How `refit` is done."""
+    from moe_compose.recovery.options import RefitOptions
+
+    return RefitOptions(tokens=given.get("refit_tokens", RefitOptions().tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +85,14 @@ class Recovery:
         Raises:
             OptionError: text that is missing, or has no use; or unreadable text.
         """
-        from moe_compose.recovery.options import RefitOptions
-
         if problems := list(_text_problems(given, by_data)):
             raise OptionError("these texts cannot be meant", problems=problems)
-        tokens = {"tokens": given["refit_tokens"]} if "refit_tokens" in given else {}
         held = fitted = None
         if given.get("refit"):
             fitted = refit_text(given) or texts_of(given)
         if "max_kl" in given:
             held = texts_of(given)
-        return cls(held, fitted, RefitOptions(**tokens))
+        return cls(held, fitted, refit_options(given))
 
     def refitted(self, state: State, plan: Plan, source: TensorSource) -> Plan:
         """The plan with down-projections refitted, if that is asked for."""
@@ -123,7 +130,7 @@ def _text_problems(given: Mapping[str, Any], by_data: bool) -> Iterator[str]:
     if not limit and refit and bool(words) == ("refit_on" in given):
         others = ", or --data, or --domain; one" if by_data else ""
         yield f"--refit needs text: --refit-on FILE{others}"
-    if not recovers(given) and by_data and ("domain" in given or len(words) > 1):
+    if not recovers(given) and words and compared_on(given) is None:
         yield "without --refit and --max-kl one --data FILE is compared on"
 
 
@@ -131,9 +138,11 @@ def refit_plan(state: State, options: RefitOptions, given: Mapping[str, Any]) ->
     """Down-projections refitted to what was before."""
     from moe_compose.surgery.plan import Plan
 
-    if not isinstance(state.model, Plan) or state.before is None:
+    model, after = state.model, ("prune", "merge", "refit")
+    if not isinstance(model, Plan) or model.operation not in after or state.saved:
         raise OptionError("refit follows a step that prunes or merges, with nothing saved between")
+    assert state.before is not None
     texts = texts_of(given)
     if state.dry:
-        return unchanged(state.model, "refit", LATER)
-    return _refitted(state, state.model, state.before, texts, options)
+        return unchanged(model, "refit", LATER)
+    return _refitted(state, model, state.before, texts, options)

@@ -18,18 +18,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_compose.checkpoint.copying import os_errors
 from moe_compose.checkpoint.sharding import SHARD_SIZE
 from moe_compose.errors import MoeComposeError, OptionError, WriteError
 from moe_compose.recipe.conditions import check_conditions
 from moe_compose.recipe.missing import missing_files
 from moe_compose.recipe.reading import Recipe, RecipeStep
-from moe_compose.recipe.state import State, Watch, Written
+from moe_compose.recipe.state import State, Watch, Written, place_of
 
 if TYPE_CHECKING:
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.checkpoint.source import TensorSource
     from moe_compose.surgery.plan import Plan
     from moe_compose.validation.report import ValidationReport
+
+
+#: In a folder of `OUTPUT.run`, that says it is one.
+_MARK = ".recipe"
 
 
 def rehearse(
@@ -51,8 +56,12 @@ def rehearse(
             out, or a place that is not free.
     """
     from moe_compose.reporting.hub import check_repo
+    from moe_compose.validation.text import read_text
 
     missing_files(recipe)
+    if recipe.data is not None:
+        read_text(recipe.data)
+    _check_work(recipe, resume, overwrite)
     if recipe.push_to_hub is not None:
         check_repo(recipe.push_to_hub)
     elif recipe.private:
@@ -62,15 +71,21 @@ def rehearse(
 
 
 def run_recipe(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, watch: Watch | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    push: bool = True,
+    watch: Watch | None = None,
 ) -> list[Written]:
     """Carry a recipe out.
 
     Args:
         recipe: what `read_recipe` gave.
         resume: go on with what an interrupted run has left: layers of calibrations, states of
-            trainings, rounds of evaluations, files of weights.
+            trainings, files of weights, and rounds of evaluations that have an `out`.
         overwrite: replace results that are there.
+        push: upload the last result, where the recipe says so.
         watch: is told of every step.
 
     Returns:
@@ -85,27 +100,72 @@ def run_recipe(
         state = State(resume=resume, overwrite=overwrite, watch=watch or Watch())
         run = _Run(recipe, state, folder)
         run.through()
-        run.push()
-        return run.written
+    if push and recipe.push_to_hub is not None:
+        run.written[-1] = push_last(recipe, run.written[-1], watch)
+    return run.written
+
+
+def push_last(recipe: Recipe, done: Written, watch: Watch | None = None) -> Written:
+    """Upload a recipe's last result, if it is valid; with its address.
+
+    Raises:
+        WriteError: it cannot be uploaded; the folder stays.
+    """
+    from moe_compose.reporting.hub import push
+
+    repo, watch = recipe.push_to_hub, watch or Watch()
+    assert repo is not None
+    if done.report is not None and not done.report.ok:
+        watch.remark(f"{done.checkpoint.label} is not pushed to {repo}: it is not valid")
+        return done
+    with watch.waiting(f"pushing {done.checkpoint.label} to {repo}"):
+        url = push(done.checkpoint, repo, private=recipe.private)
+    watch.remark(f"On the Hub: {url}")
+    return replace(done, pushed=url)
+
+
+def _check_work(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
+    """Where steps keep what they can resume from; None where no step makes a model.
+
+    Raises:
+        WriteError: it is there, and neither to be taken up nor to be replaced; or it is no run's.
+    """
+    if recipe.output is None:
+        return None
+    whole = recipe.output.expanduser().absolute()
+    folder = whole.with_name(f"{whole.name}.run")
+    if folder.exists() and not (folder / _MARK).is_file():
+        raise WriteError(
+            f"{folder} is there, and holds no run of a recipe",
+            hint="Give another output, or move that folder away.",
+        )
+    if folder.exists() and not resume and not overwrite:
+        raise WriteError(
+            f"{folder.name} holds a run that was interrupted",
+            hint="Continue it with --resume, or start again with --overwrite.",
+        )
+    return folder
 
 
 @contextmanager
 def _work_folder(recipe: Recipe, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """Where steps keep what they can resume from; it stays if the run does not come to its end."""
-    if recipe.output is None:
+    """It stays if the run does not come to its end, and there is something in it."""
+    folder = _check_work(recipe, resume, overwrite)
+    if folder is None:
         with tempfile.TemporaryDirectory(prefix="moe-compose-") as name:
             yield Path(name)
         return
-    whole = recipe.output.absolute()
-    folder = whole.with_name(f"{whole.name}.run")
     if folder.exists() and not resume:
-        if not overwrite:
-            raise WriteError(
-                f"{folder.name} holds a run that was interrupted",
-                hint="Continue it with --resume, or start again with --overwrite.",
-            )
         shutil.rmtree(folder)
-    yield folder
+    with os_errors(f"write {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _MARK).touch()
+    try:
+        yield folder
+    except BaseException:
+        if [p.name for p in folder.iterdir()] == [_MARK]:
+            shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -128,12 +188,17 @@ class _Run:
     def _step(self, index: int, step: RecipeStep) -> None:
         """Carry one step out, hold its result to the conditions, and write it where it is asked."""
         state, watch = self._state, self._state.watch
+        from moe_compose.recipe.recovery import compared_on
+        from moe_compose.validation.text import read_text
+
         watch.begins(index, step.operation)
         if self._folder is not None:
             state.folder = self._folder / f"{index}-{step.operation}"
-        started = state.source(step.given) if "source" in step.step.inputs else state.model
+        started = state.source(step.given) if "source" in step.step.inputs else None
         before = state.before if step.step.mends else started
         made = step.step.act(state, step.options, step.given)
+        if step.operation == "prune" and state.dry and (text := compared_on(step.given)):
+            read_text(text)
         if step.step.makes != "plan":
             self._found(index, step, made)
             return
@@ -141,20 +206,35 @@ class _Run:
         watch.planned(index, made)
         if step.conditions and (said := check_conditions(state, made, before, step.conditions)):
             watch.holds(index, said)
-        state.model, state.before = made, before
+        state.model, state.before, state.saved = made, before, False
         places = [step.given["save"]] if "save" in step.given else []
-        places += [self._recipe.output] if index == self._recipe.last else []
-        for place in places:
+        if index == self._recipe.last and self._recipe.output is not None:
+            places.append(self._recipe.output)
+        for place in {place_of(p): p for p in places}.values():
             self._place(index, made, place, before)
+            state.saved = True
         state.results.append(state.model)
 
     def _found(self, index: int, step: RecipeStep, made: Any) -> None:
         """A step that makes no model leaves the last one as it was."""
         if not self._state.dry:
             self._state.watch.found(index, step.operation, made)
-        elif "save" in step.given:
-            self._state.promised[str(step.given["save"])] = made
+        else:
+            for name in ("save", "out"):
+                self._promise(step.given.get(name), made if name == "save" else None)
         self._state.results.append(self._state.model)
+
+    def _promise(self, path: Path | None, made: TensorSource | None) -> None:
+        """In a rehearsal: a step will write there.
+
+        Raises:
+            OptionError: an earlier one does.
+        """
+        if path is None:
+            return
+        if place_of(path) in self._state.promised:
+            raise OptionError(f"an earlier step writes {path} too", hint="Give each its own place.")
+        self._state.promised[place_of(path)] = made
 
     def _place(self, index: int, plan: Plan, folder: Path, before: TensorSource) -> None:
         """Write a result; in a rehearsal, see whether it may be written."""
@@ -166,7 +246,7 @@ class _Run:
             return
         if not state.resume:  # what is there may be of the real plan, whose digest is not known
             check_destination(plan, folder, shard_size=shard_size, overwrite=state.overwrite)
-        state.promised[str(folder)] = plan
+        self._promise(folder, plan)
 
     def _write(
         self, index: int, plan: Plan, folder: Path, before: TensorSource, shard_size: int
@@ -211,19 +291,3 @@ class _Run:
             )
             record_validation(checkpoint, plan, report)
         return report
-
-    def push(self) -> None:
-        """The last result to the Hub, if it is to be there, and valid."""
-        from moe_compose.reporting.hub import push
-
-        repo, watch = self._recipe.push_to_hub, self._state.watch
-        if repo is None:
-            return
-        done = self.written[-1]
-        if done.report is not None and not done.report.ok:
-            watch.remark(f"{done.checkpoint.label} is not pushed to {repo}: it is not valid")
-            return
-        with watch.waiting(f"pushing {done.checkpoint.label} to {repo}"):
-            url = push(done.checkpoint, repo, private=self._recipe.private)
-        self.written[-1] = replace(done, pushed=url)
-        watch.remark(f"On the Hub: {url}")

@@ -12,7 +12,8 @@ from moe_compose.recipe.values import attribute_docs, hints_of, kinds_of, requir
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 _KINDS = {
-    **dict.fromkeys(("model", "donor", "stats", "file", "out", "save", "text"), "string"),
+    **dict.fromkeys(("model", "donor", "stats", "file", "out", "save"), "string"),
+    "text": ["string", "number"],
     "whole": "integer",
     "number": "number",
     "flag": "boolean",

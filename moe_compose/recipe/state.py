@@ -27,6 +27,11 @@ Count = Callable[[int, int], None]
 _RESULT = re.compile(r"steps\.(\d+)")
 
 
+def place_of(path: str | Path) -> str:
+    """One name for a folder or file, however it is called."""
+    return str(Path(path).expanduser().absolute())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """A result on disk.
@@ -84,12 +89,15 @@ class State:
 
     Attributes:
         dry: names and sizes only: no weight is read and nothing is measured or written.
+        alone: the step is a command of its own: even dry it may read weights, where these and
+            statistics that are there tell the plan.
         resume: go on with what an interrupted run left.
         overwrite: replace what is there.
         watch: is told.
         headers_only: of models on the Hub only headers are fetched.
         folder: of the step under way, for what it can resume from; None: it keeps nothing.
         model: the last result.
+        saved: it is written, or in a dry run would be.
         before: what the last operation started from.
         stats: of the last calibration; of a dry one there are none.
         measuring: options of the last calibration.
@@ -101,12 +109,14 @@ class State:
     """
 
     dry: bool = False
+    alone: bool = False
     resume: bool = False
     overwrite: bool = False
     watch: Watch = field(default_factory=Watch)
     headers_only: bool = False
     folder: Path | None = None
     model: TensorSource | None = None
+    saved: bool = False
     before: TensorSource | None = None
     stats: ExpertStats | None = None
     measuring: CalibrateOptions | None = None
@@ -127,7 +137,7 @@ class State:
 
         if found := _RESULT.fullmatch(name):
             return self._result(int(found[1]))
-        if (coming := self.promised.get(str(Path(name)))) is not None:
+        if (coming := self.promised.get(place_of(name))) is not None:
             return coming
         if name not in self.opened:
             self.opened[name] = Checkpoint.open(name, headers_only=self.dry or self.headers_only)
@@ -165,6 +175,8 @@ class State:
             OptionError: the last calibration measured another model.
             CheckpointError: the statistics are of another model, or damaged.
         """
+        from moe_compose.calibration.pruning import check_statistics
+
         path = given.get("stats")
         if path is None:
             if self.measuring is not None and self.measured != source.digest():
@@ -173,10 +185,11 @@ class State:
                     "starts from",
                     hint="Calibrate that one, or say where this step starts: source: steps.N.",
                 )
+            if self.stats is not None:
+                check_statistics(self.stats, source)
             return self.stats
-        if str(path) in self.promised:
+        if place_of(path) in self.promised:
             return None
-        from moe_compose.calibration.pruning import check_statistics
         from moe_compose.calibration.stats import ExpertStats
 
         found = ExpertStats.load(path)

@@ -78,11 +78,7 @@ def fewest(
             expert fewer is within the limit.
     """
     options = options or PruneOptions()
-    if options.keep is not None or options.ratio is not None:
-        raise OptionError("max_kl decides how many experts stay: leave keep and ratio out")
-    if not max_kl > 0:
-        raise OptionError(f"max_kl ({max_kl}) must be above 0")
-    check_options(source, replace(options, keep=moe_form(source)[1].num_experts))
+    check_limit(source, max_kl, options)
     table = replace(bench(source, texts, evaluation, refit_on, refit), record=dict(record or {}))
     counts = [c for c in allowed_counts(table.moe, options) if c < table.moe.num_experts]
     tried: list[Candidate] = []
@@ -113,3 +109,17 @@ def fewest(
     }
     plan = replace(plan, reports={**plan.reports, REPORT_NAME: report})
     return Fewest(plan, how, candidate, tuple(tried))
+
+
+def check_limit(source: TensorSource, max_kl: float, options: PruneOptions) -> None:
+    """Refuse what cannot be meant, before anything is read.
+
+    Raises:
+        OptionError: `keep` or `ratio` is given beside `max_kl`, or other options are wrong.
+        UnsupportedError: no MoE, or one whose experts cannot be selected.
+    """
+    if options.keep is not None or options.ratio is not None:
+        raise OptionError("max_kl decides how many experts stay: leave keep and ratio out")
+    if not max_kl > 0:
+        raise OptionError(f"max_kl ({max_kl}) must be above 0")
+    check_options(source, replace(options, keep=moe_form(source)[1].num_experts))

@@ -181,8 +181,13 @@ def _beyond_layers(options: TrainOptions) -> Iterator[str]:
         yield "shard has no meaning with the objective layer, which holds one layer"
 
 
-def check_adapter_folder(folder: Path, options: TrainOptions) -> None:
+def check_adapter_folder(folder: Path, options: TrainOptions, *, again: bool = False) -> None:
     """Refuse a place that is taken, or has no use.
+
+    Args:
+        folder: for the adapters.
+        options: of the training.
+        again: an earlier run may have left its adapters there.
 
     Raises:
         OptionError: nothing that trains is an adapter; the folder is not empty.
@@ -191,6 +196,8 @@ def check_adapter_folder(folder: Path, options: TrainOptions) -> None:
         raise OptionError(
             f"adapter_out has no meaning with train ({options.train}): no adapters are trained"
         )
+    if again and (folder / "adapter_config.json").is_file():
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OptionError(f"adapter_out ({folder}) must be a new or empty folder")
 

@@ -56,6 +56,7 @@ def train_router(
     folder: Path | None = None,
     resume: bool = False,
     adapter_out: Path | None = None,
+    overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """Train the routers of an MoE, alone or with more of it (METHODS section 8).
@@ -75,6 +76,7 @@ def train_router(
             the interruption.
         adapter_out: a new folder for trained adapters, as peft loads them on the result, which then
             has new routers only; None: they are merged into the result.
+        overwrite: replace adapters that are there.
         progress: told after every step and evaluation.
 
     Returns:
@@ -99,7 +101,7 @@ def train_router(
         _, moe = moe_form(source)
         check_meant(source, moe, options, teacher)
         if adapter_out is not None:
-            check_adapter_folder(adapter_out, options)
+            check_adapter_folder(adapter_out, options, again=resume or overwrite)
         parts = texts_of(source, texts, held_out, options, teacher)
         if options.objective == "layer":
             assert teacher is not None

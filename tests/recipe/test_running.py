@@ -149,6 +149,16 @@ def test_what_is_missing_is_said_at_once(tmp_path: Path, text: Path) -> None:
         ("{{operation: train-router, data: {text}, teacher: steps.0}}", "teacher has no meaning"),
         ("{{operation: evaluate, data: {text}, out: {taken}}}", "is there already"),
         ("{{operation: report, out: page.txt}}", "must end in .html"),
+        ("{{operation: report, source: steps.0, out: page.html}}", "a checkpoint that is written"),
+        ("{{operation: refit, data: {text}}}", "with nothing saved between"),
+        ("{{operation: prune, keep: 3, max_kl: 1, data: {text}}}", "leave keep and ratio out"),
+        ("{{operation: prune, keep: 3, criterion: random, data: {{x: {text}}}}}", "compared on"),
+        (
+            "{{operation: pack-expert, expert: 1, save: {taken}}}",
+            "not a folder|is a file|not empty",
+        ),
+        ("{{operation: add-expert, from: copy:0, router: copy, data: {text}}}", "no use with"),
+        ("{{operation: expand, factor: 2, save: {saved}}}", "an earlier step writes"),
     ],
 )
 def test_the_last_fault_is_said_before_the_first_step(
@@ -227,7 +237,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, text: Path) -> None:
         run_recipe(asked(50))
     watch = Told()
     [done] = run_recipe(asked(50), resume=True, watch=watch)
-    assert "measuring" not in [c for c in watch.counted if c != "measuring"] and done.folder == out
+    assert done.folder == out
     assert watch.counted == ["measuring", "writing"]  # the condition, not the calibration
     assert not (tmp_path / "out.run").exists()
     before = content(done.checkpoint)
@@ -315,3 +325,51 @@ def test_the_last_result_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     [_, last] = run_recipe(parse_recipe(f"{text}push_to_hub: me/moe\n"))
     assert pushed == [("out", "me/moe", True)] and last.pushed == "https://hub/me/moe"
+
+
+def test_what_is_composed_is_held_to_its_base(tmp_path: Path) -> None:
+    """And not to the pair that an earlier step made."""
+    steps = """
+  - {{operation: anchor, source: {model}, name: tales, save: {pair}}}
+  - {{operation: compose, base: {model}, expert: ["tales={pair}"], preset: flexolmo}}
+"""
+    seen: list[str] = []
+
+    class Labels(Watch):
+        def waiting(self, what: str) -> Any:
+            seen.append(what)
+            return super().waiting(what)
+
+    filled = steps.format(model=MODEL, pair=tmp_path / "pair")
+    run_recipe(parse_recipe(f"steps:{filled}\noutput: {tmp_path / 'out'}"), watch=Labels())
+    assert seen[-1] == "validating out against stories260K"
+
+
+def test_a_calibration_in_between_moves_nothing(tmp_path: Path, text: Path) -> None:
+    """Steps that find something leave the last result where it is."""
+    steps = """
+  - {{operation: upcycle, source: {model}, num_experts: 4}}
+  - {{operation: prune, keep: 2, criterion: random}}
+  - {{operation: calibrate, source: steps.0, data: {text}, tokens: 128}}
+  - {{operation: expand, factor: 2}}
+"""
+    [done] = run_recipe(recipe(steps, tmp_path / "out", text=text))
+    assert done.checkpoint.config["num_local_experts"] == 4
+
+
+def test_a_folder_of_somebody_else_stays(tmp_path: Path, text: Path) -> None:
+    mine = tmp_path / "out.run" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(WriteError, match="holds no run of a recipe"):
+        run_recipe(recipe(MEASURED, tmp_path / "out", text=text, more=""), overwrite=True)
+    assert mine.read_text() == "mine"
+
+
+def test_statistics_that_were_measured_otherwise(tmp_path: Path, text: Path) -> None:
+    """The same text, but no experts masked."""
+    steps = MEASURED.replace("seq_len: 64", "seq_len: 64{loo}, save: {stats}")
+    names = {"text": text, "more": "", "stats": tmp_path / "stats"}
+    run_recipe(recipe(steps, tmp_path / "out", loo="", **names))
+    with pytest.raises(WriteError, match="or otherwise"):
+        run_recipe(recipe(steps, tmp_path / "out", loo=", loo_tokens: 32", **names), resume=True)
