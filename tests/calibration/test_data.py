@@ -47,7 +47,7 @@ def test_documents_of_all_kinds(tmp_path: Path) -> None:
     plain = tmp_path / "a.txt"
     plain.write_text("one two<|endoftext|>\n<|endoftext|>three", encoding="utf-8")
     packed = tmp_path / "b.txt.gz"
-    packed.write_bytes(gzip.compress(b"\xef\xbb\xbfvier"))
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbfvier", mtime=0))
     lines = tmp_path / "c.jsonl"
     chat = [{"role": "user", "content": "hi"}]
     lines.write_text('{"text": "five"}\n\n' + json.dumps({"messages": chat}) + "\n")
@@ -67,7 +67,7 @@ def test_documents_of_all_kinds(tmp_path: Path) -> None:
         ("a.txt", b"GIF89a\0\0", "binary, not text .a zero byte at 6"),
         ("a.txt", b"ok\nK\xf6ln", r"not UTF-8 text .byte 0xf6 at 4, line 2"),
         ("a.txt.gz", b"plain", "no gzip file"),
-        ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], "no gzip file"),
+        ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "no gzip file"),
         ("a.jsonl", b"", "holds no text"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": 1}', r"a.jsonl:2: neither 'text' nor .*'txt'"),
         ("a.jsonl", b'{"text": 3}', "a.jsonl:1: text must be a string, not int"),
