@@ -74,10 +74,22 @@ def run(
         _show(found, resume, overwrite)
         return
     written, findings, sound = _run(found, resume, overwrite)
-    document = {
-        "output": None if found.output is None else str(found.output),
-        "seconds": round(time.monotonic() - begun, 3),
-        "steps": [step.operation for step in found.steps],
+    seconds = round(time.monotonic() - begun, 3)
+    document = {**_document(found, written), "seconds": seconds, "found": findings}
+    failed = _push(found, written, document)
+    out.result(document, str(found.output or ""))
+    if failed is not None:
+        out.error(failed)
+        raise typer.Exit(failed.exit_code)
+    if not sound or any(w.report is not None and not w.report.ok for w in written):
+        raise typer.Exit(3)
+
+
+def _document(recipe: Recipe, written: list[Written]) -> dict[str, Any]:
+    """What was done, for programs."""
+    return {
+        "output": None if recipe.output is None else str(recipe.output),
+        "steps": [step.operation for step in recipe.steps],
         "written": [
             {
                 "step": w.step,
@@ -86,15 +98,7 @@ def run(
             }
             for w in written
         ],
-        "found": findings,
     }
-    failed = _push(found, written, document)
-    out.result(document, str(found.output or ""))
-    if failed is not None:
-        out.error(failed)
-        raise typer.Exit(failed.exit_code)
-    if not sound or any(w.report is not None and not w.report.ok for w in written):
-        raise typer.Exit(3)
 
 
 def _show(recipe: Recipe, resume: bool, overwrite: bool) -> None:

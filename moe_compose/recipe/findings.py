@@ -268,14 +268,14 @@ def _write(state: State, plan: Plan, folder: Path) -> None:
     from moe_compose.reporting.documents import encode
 
     documents = {name: encode(value) for name, value in plan.reports.items()}
-    with state.watch.counting(f"writing {folder.name}") as count:
+    with state.writing(folder) as progress:
         writer.write(
             plan,
             folder,
             overwrite=state.overwrite,
             resume=state.resume,
             documents=documents,
-            progress=count and (lambda p: count(p.bytes_done, p.bytes_total)),
+            progress=progress,
         )
 
 

@@ -56,11 +56,8 @@ def rehearse(
             out, or a place that is not free.
     """
     from moe_compose.reporting.hub import check_repo
-    from moe_compose.validation.text import read_text
 
     missing_files(recipe)
-    if recipe.data is not None:
-        read_text(recipe.data)
     _check_work(recipe, resume, overwrite)
     if recipe.push_to_hub is not None:
         check_repo(recipe.push_to_hub)
@@ -188,17 +185,12 @@ class _Run:
     def _step(self, index: int, step: RecipeStep) -> None:
         """Carry one step out, hold its result to the conditions, and write it where it is asked."""
         state, watch = self._state, self._state.watch
-        from moe_compose.recipe.recovery import compared_on
-        from moe_compose.validation.text import read_text
-
         watch.begins(index, step.operation)
         if self._folder is not None:
             state.folder = self._folder / f"{index}-{step.operation}"
         started = state.source(step.given) if "source" in step.step.inputs else None
         before = state.before if step.step.mends else started
         made = step.step.act(state, step.options, step.given)
-        if step.operation == "prune" and state.dry and (text := compared_on(step.given)):
-            read_text(text)
         if step.step.makes != "plan":
             self._found(index, step, made)
             return
@@ -239,11 +231,14 @@ class _Run:
     def _place(self, index: int, plan: Plan, folder: Path, before: TensorSource) -> None:
         """Write a result; in a rehearsal, see whether it may be written."""
         from moe_compose.reporting.publish import check_destination
+        from moe_compose.validation.text import read_text
 
         state, shard_size = self._state, self._recipe.shard_size or SHARD_SIZE
         if not state.dry:
             self._write(index, plan, folder, before, shard_size)
             return
+        if (text := self._text(index)) is not None:
+            read_text(text)
         if not state.resume:  # what is there may be of the real plan, whose digest is not known
             check_destination(plan, folder, shard_size=shard_size, overwrite=state.overwrite)
         self._promise(folder, plan)
@@ -257,14 +252,14 @@ class _Run:
         state = self._state
         if self._recipe.validate:
             preflight(plan)
-        with state.watch.counting(f"writing {folder.name}") as count:
+        with state.writing(folder) as progress:
             checkpoint = write(
                 plan,
                 folder,
                 shard_size=shard_size,
                 resume=state.resume,
                 overwrite=state.overwrite,
-                progress=count and (lambda p: count(p.bytes_done, p.bytes_total)),
+                progress=progress,
             )
         report = self._validate(index, checkpoint, plan, before) if self._recipe.validate else None
         done = Written(step=index, folder=folder, checkpoint=checkpoint, report=report)
@@ -272,22 +267,24 @@ class _Run:
         state.model = checkpoint
         state.watch.written(done)
 
+    def _text(self, index: int) -> Path | None:
+        """What a result is compared with its source on; None: the bundled sample."""
+        step = self._recipe.steps[index]
+        return step.step.compared_on(step.given) or self._recipe.data
+
     def _validate(
         self, index: int, checkpoint: Checkpoint, plan: Plan, before: TensorSource
     ) -> ValidationReport:
-        from moe_compose.recipe.recovery import compared_on
         from moe_compose.reporting.publish import record_validation
         from moe_compose.validation import validate
 
-        step = self._recipe.steps[index]
-        text = compared_on(step.given) if step.operation == "prune" else None
-        stated = plan.sources.get(plan.preservation.reference)
-        with self._state.watch.waiting(f"validating {checkpoint.label} against {before.label}"):
+        against = plan.sources.get(plan.preservation.reference) or before
+        with self._state.watch.waiting(f"validating {checkpoint.label} against {against.label}"):
             report = validate(
                 checkpoint,
-                against=stated or before,
+                against=against,
                 preservation=plan.preservation,
-                data=text or self._recipe.data,
+                data=self._text(index),
             )
             record_validation(checkpoint, plan, report)
         return report

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moe_compose.calibration.stats import ExpertStats
     from moe_compose.checkpoint.reader import Checkpoint
     from moe_compose.checkpoint.source import TensorSource
+    from moe_compose.checkpoint.writer import Progress
     from moe_compose.surgery.donors import Donor
     from moe_compose.surgery.plan import Plan
     from moe_compose.validation.report import ValidationReport
@@ -195,6 +196,12 @@ class State:
         found = ExpertStats.load(path)
         check_statistics(found, source)
         return found
+
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[Callable[[Progress], None] | None]:
+        """A folder is written, and tells how many bytes are."""
+        with self.watch.counting(f"writing {folder.name}") as count:
+            yield count and (lambda p: count(p.bytes_done, p.bytes_total))
 
     @contextmanager
     def layers(self, what: str) -> Iterator[Count | None]:

@@ -4,16 +4,17 @@ they read and write beside these. Every key is a flag of the command, or one of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 from moe_compose.recipe.acts import Act, add, compose_models, plain, swap, train
 from moe_compose.recipe.fewer import merge_experts, prune_experts
 from moe_compose.recipe.findings import judge, measure, pack, plan_bits, tell, weigh
 from moe_compose.recipe.inputs import Input
-from moe_compose.recipe.recovery import refit_plan
+from moe_compose.recipe.recovery import compared_on, refit_plan
 from moe_compose.reporting.steps import OPTIONS
 
 _SOURCE = {
@@ -57,6 +58,7 @@ class Step:
         without: fields of the options that mean nothing here.
         makes: a plan of a model, or something else.
         mends: its result is held to what came before the step that it follows.
+        compared_on: of what is given, text that its result is compared with its source on.
     """
 
     options: str
@@ -66,6 +68,7 @@ class Step:
     without: tuple[str, ...] = ()
     makes: Literal["plan", "finding"] = "plan"
     mends: bool = False
+    compared_on: Callable[[Mapping[str, Any]], Path | None] = lambda _: None
 
     @property
     def options_class(self) -> type | None:
@@ -122,8 +125,9 @@ STEPS: Mapping[str, Step] = {
     "extract": operation(
         "extract", plain("surgery.extract.extract"), "one expert as a dense checkpoint"
     ),
-    "prune": operation(
-        "prune", prune_experts, "fewer experts", **_STATS, **_TEXTS, **_MAX_KL, **_REFIT
+    "prune": replace(
+        operation("prune", prune_experts, "fewer experts", **_STATS, **_TEXTS, **_MAX_KL, **_REFIT),
+        compared_on=compared_on,
     ),
     "merge": operation(
         "merge",
