@@ -159,7 +159,7 @@ def _measure(state: State, given: Mapping[str, Any]) -> CalibrateOptions:
             hint="moe-compose calibrate --similarity makes statistics; --domain NAME=FILE is text.",
         )
     if "domain" not in given:
-        if "stats" not in given and state.measuring is None:
+        if not state.measures(given):
             raise OptionError(
                 "one of --stats and --domain says what to group experts by (neither given)",
                 hint=f"In a recipe, a calibrate step {_SIMILAR} before it does as well.",

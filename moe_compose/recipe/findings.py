@@ -143,7 +143,7 @@ def weigh(state: State, options: EvaluateOptions, given: Mapping[str, Any]) -> S
     texts, source = texts_of(given), state.source(given)
     stats = state.statistics(given, source)
     needy = [c for c in asked.criteria if c not in WITHOUT_STATS]
-    if needy and "stats" not in given and state.measuring is None:
+    if needy and not state.measures(given):
         raise OptionError(
             f"criteria {', '.join(needy)} need statistics: moe-compose calibrate makes them",
             hint="Give them (--stats FOLDER), or, in a recipe, a calibrate step before.",
@@ -191,7 +191,7 @@ def plan_bits(state: State, options: QuantPlanOptions, given: Mapping[str, Any])
     source, folder = state.source(given), given.get("out")
     if folder is not None:
         check_quant_folder(folder, overwrite=state.overwrite or state.resume)
-    if "stats" not in given and state.measuring is None:
+    if not state.measures(given):
         raise OptionError("quant-plan needs statistics: a calibrate step before it, or stats")
     stats = state.statistics(given, source)
     if state.dry:

@@ -168,6 +168,10 @@ class State:
 
         return Donor.parse(text, self.open)
 
+    def measures(self, given: Mapping[str, Any]) -> bool:
+        """Whether a step has statistics, its own or those of a calibration before it."""
+        return "stats" in given or self.measuring is not None
+
     def statistics(self, given: Mapping[str, Any], source: TensorSource) -> ExpertStats | None:
         """A step's own statistics, held to the model's routers, or those of the last calibration;
         None where there are none, or none yet.
