@@ -1,7 +1,7 @@
 """`moe-compose`: the commands, and what an exception means to whoever typed one.
 
 Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 written or checked but not valid,
-130 interrupted.
+4 a condition does not hold, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moe_compose.composition.statistics import RouterStats
     from moe_compose.errors import (
         CheckpointError,
+        ConditionError,
         MoeComposeError,
         OptionError,
         PlanError,
@@ -165,6 +166,7 @@ _HOME = {
     "MoeComposeError": "errors",
     "OptionError": "errors",
     "CheckpointError": "errors",
+    "ConditionError": "errors",
     "UnsupportedError": "errors",
     "PlanError": "errors",
     "WriteError": "errors",
@@ -247,6 +249,7 @@ __all__ = [  # noqa: RUF022 - reading order
     "MoeComposeError",
     "OptionError",
     "CheckpointError",
+    "ConditionError",
     "UnsupportedError",
     "PlanError",
     "WriteError",

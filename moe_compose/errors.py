@@ -19,7 +19,8 @@ class MoeComposeError(Exception):
         hint: what to do next.
 
     Attributes:
-        exit_code: what the command line exits with (1 failed while running, 2 wrong usage).
+        exit_code: what the command line exits with (1 failed while running, 2 wrong usage, 4 a
+            condition does not hold).
     """
 
     exit_code = 1
@@ -59,3 +60,9 @@ class PlanError(MoeComposeError):
 
 class WriteError(MoeComposeError):
     """The output could not be written: not empty, not writable, no space, another plan's shards."""
+
+
+class ConditionError(MoeComposeError):
+    """A result that is not as good as was demanded of it: a recipe's `assert`, or `max_kl`."""
+
+    exit_code = 4

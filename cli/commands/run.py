@@ -56,7 +56,7 @@ def run(
     All of it is rehearsed first, on headers alone, so that what is wrong with the last step is said
     before the first one takes long. Nothing is written between steps unless one says save. A step's
     assert holds its result to figures on held-out text; where one does not hold, the run ends with
-    exit code 1. Exit code 2: a faulty recipe; 3: written, but not valid.
+    exit code 4. Exit code 2: a faulty recipe; 3: written, but not valid.
     """
     out.configure(as_json=as_json, quiet=quiet)
     from moe_compose.errors import OptionError

@@ -107,7 +107,7 @@ def judge(state: State, options: EvaluateOptions, given: Mapping[str, Any]) -> E
     from moe_compose.evaluation.measure import evaluate
     from moe_compose.reporting.documents import encode
 
-    path = _free(given, "out", state)
+    path = _free(given, "out", state, ".json")
     texts, source = texts_of(given), state.source(given)
     against = state.open(given["against"]) if "against" in given else None
     if state.dry:
@@ -137,7 +137,7 @@ def weigh(state: State, options: EvaluateOptions, given: Mapping[str, Any]) -> S
 
     asked = _asked(options, given)
     fitted = refit_text(given)
-    path, picture = _free(given, "out", state), _free(given, "plot", state)
+    path, picture = _free(given, "out", state, ".json"), _free(given, "plot", state)
     if picture is not None:
         check_picture(picture)
     texts, source = texts_of(given), state.source(given)
@@ -279,11 +279,11 @@ def _write(state: State, plan: Plan, folder: Path) -> None:
         )
 
 
-def _free(given: Mapping[str, Any], name: str, state: State) -> Path | None:
+def _free(given: Mapping[str, Any], name: str, state: State, ending: str = "") -> Path | None:
     """A file that may be written, its folder made; asked before anything takes long.
 
     Raises:
-        OptionError: it is a folder.
+        OptionError: it is a folder, or its name promises something else than what is written.
         WriteError: it is there, or its folder cannot be made.
     """
     path: Path | None = given.get(name)
@@ -295,6 +295,8 @@ def _free(given: Mapping[str, Any], name: str, state: State) -> Path | None:
     again = state.overwrite or (state.resume and (begun or not state.alone))
     if path.exists() and not again:
         raise WriteError(f"{path} is there already", hint="Replace it with --overwrite.")
+    if not path.name.lower().endswith(ending):
+        raise OptionError(f"--{name} ({path}) must end in {ending}, which is what is written")
     if not state.dry:
         with os_errors(f"write {path}"):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -89,8 +89,8 @@ def run_recipe(
         What was written, the last result last.
 
     Raises:
-        MoeComposeError: a step that cannot be carried out, or a condition that does not hold; the
-            message names the step. What was saved before stays.
+        ConditionError: a condition does not hold. What was saved before stays, as after any error.
+        MoeComposeError: a step that cannot be carried out; the message names the step.
     """
     rehearse(recipe, resume=resume, overwrite=overwrite)
     with _work_folder(recipe, resume, overwrite) as folder:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_compose.calibration.texts import Texts
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.errors import OptionError
+from moe_compose.errors import ConditionError, OptionError
 from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.plan import Plan
@@ -74,8 +74,8 @@ def fewest(
         progress: told after every candidate: tried, at most.
 
     Raises:
-        OptionError: `keep` or `ratio` is given, options that cannot be meant, or not even one
-            expert fewer is within the limit.
+        OptionError: `keep` or `ratio` is given, or options that cannot be meant.
+        ConditionError: not even one expert fewer is within the limit.
     """
     options = options or PruneOptions()
     check_limit(source, max_kl, options)
@@ -99,7 +99,7 @@ def fewest(
             progress(len(tried), most)
     if best is None:
         least = f" ({tried[-1].keep} experts: {tried[-1].kl:.4g})" if tried else ""
-        raise OptionError(f"no pruning by {options.criterion} stays within KL {max_kl:g}{least}")
+        raise ConditionError(f"no pruning by {options.criterion} stays within KL {max_kl:g}{least}")
     plan, how, candidate = best
     report = {
         "max_kl": max_kl,

@@ -57,6 +57,12 @@ def test_what_cannot_be_evaluated_is_said(command, words, said):
     assert "Traceback" not in ran.err
 
 
+def test_figures_are_json_and_called_so(command, text, tmp_path):
+    words = ("evaluate", STORIES, "--data", text, *SMALL, "--out", tmp_path / "figures.csv")
+    ran = command(*words)
+    assert ran.code == 2 and ".json" in ran.err and not list(tmp_path.glob("*.csv*"))
+
+
 def test_a_file_that_is_there_stays(command, text, tmp_path):
     words = ("evaluate", STORIES, "--data", text, *SMALL, "--out", tmp_path / "figures.json")
     assert command(*words).code == 0

@@ -33,6 +33,13 @@ def recipe(dense: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("Once upon a time there was a little dog who liked to run. " * 20)
+    return path
+
+
 def test_for_people(command: Any, recipe: Path, tmp_path: Path) -> None:
     ran = command("run", recipe)
     assert ran.code == 0, ran.err
@@ -164,3 +171,24 @@ def test_a_recipe_that_is_there_stays(command: Any, dense: Path, tmp_path: Path)
     ran = command("upcycle", dense, tmp_path / "out", "--save-recipe", file)
     assert ran.code == 2 and "is there" in ran.err
     assert file.read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_a_condition_that_does_not_hold_exits_4(command: Any, tmp_path: Path, text: Path) -> None:
+    """It is no missing model (1) and no faulty recipe (2); where it holds the code is 0."""
+    steps = (
+        f"- {{operation: upcycle, source: {STORIES}, num_experts: 4, "
+        f"assert: {{max_loss_worst: @, data: {{a: {text}}}, tokens: 64}}}}"
+    )
+    recipe = tmp_path / "r.yaml"
+    codes = {}
+    for limit in (99, 0.01):
+        recipe.write_text(
+            f"steps:\n{steps.replace('@', str(limit))}\noutput: {tmp_path / str(limit)}\n"
+            "validate: false\n"
+        )
+        codes[limit] = command("run", recipe, "--json")
+    assert codes[99].code == 0, codes[99].err
+    error = json.loads(codes[0.01].out)["error"]
+    assert (codes[0.01].code, error["exit_code"], error["type"]) == (4, 4, "ConditionError")
+    assert "of a" in error["problems"][0]
+    assert not (tmp_path / "0.01").exists()

@@ -140,7 +140,7 @@ def test_the_fewest_experts_within_a_limit(
     tried = result.plan.reports[REPORT_NAME]["tried"]
     assert len(tried) == len(result.tried) <= 3
     assert mc.fewest(source, stats, drawn(1), 99.0, evaluation=OPTIONS).options.keep == 2
-    with pytest.raises(mc.OptionError, match="stays within KL 1e-09"):
+    with pytest.raises(mc.ConditionError, match="stays within KL 1e-09"):
         mc.fewest(source, stats, drawn(1), 1e-9, evaluation=OPTIONS)
     with pytest.raises(mc.OptionError, match="leave keep and ratio out"):
         mc.fewest(source, stats, drawn(1), 0.1, mc.PruneOptions(keep=3))
