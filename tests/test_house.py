@@ -141,6 +141,28 @@ def test_packages_are_known_to_their_rooms_only(path):
         assert rooms is None or mine & rooms, f"{path.name} imports {package}"
 
 
+#: Of transformers, what may run code that came with a checkpoint.
+AUTO = re.compile(r"Auto[A-Z]\w+|pipeline|(from_pretrained|from_config)")
+
+#: The one module that calls it, and the worker, which runs without this package.
+CALLERS = {"runtime/pretrained.py", "validation/engines/worker.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_transformers_is_asked_in_one_place_and_told_not_to_run_code(path):
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+            found += [a.name for a in node.names if AUTO.fullmatch(a.name)]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            if name not in ("from_pretrained", "from_config"):
+                continue
+            found.append(name)
+            assert "trust_remote_code" in {k.arg for k in node.keywords}, (path, node.lineno)
+    assert not found or path.relative_to(LIBRARY).as_posix() in CALLERS, (path, found)
+
+
 def test_the_library_never_prints():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

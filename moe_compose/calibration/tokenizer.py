@@ -24,13 +24,14 @@ def tokenizer_of(source: TensorSource) -> Any:
             f"{source.label} has no tokenizer, so text cannot be run through it",
             hint="Put tokenizer.json and tokenizer_config.json beside its weights.",
         )
-    from transformers import AutoTokenizer
+    from moe_compose.runtime.pretrained import first_line, load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
+        return load_tokenizer(path.parent)
     except Exception as e:  # whatever a tokenizer raises, the finding is the same
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise CheckpointError(f"the tokenizer of {source.label} does not load: {first}") from e
+        raise CheckpointError(
+            f"the tokenizer of {source.label} does not load: {first_line(e)}"
+        ) from e
 
 
 def vocabulary_of(config: Mapping[str, Any]) -> int | None:

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_compose.architectures import find
-from moe_compose.errors import CheckpointError, MoeComposeError, UnsupportedError
-from moe_compose.runtime.quiet import quiet
+from moe_compose.errors import UnsupportedError
+from moe_compose.runtime import pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,11 +37,6 @@ _NEEDED_METHODS = ("_get_dtype_plan", "named_non_persistent_buffers", "initializ
 
 #: Outputs that a config may ask for. Recording them would patch modules while batches alternate.
 _RECORDED = ("output_router_logits", "output_hidden_states", "output_attentions", "use_cache")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @cache
@@ -93,49 +84,16 @@ def build(
         UnsupportedError: the installed transformers does not know the family.
         CheckpointError: the class refuses the config.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
-
     _api()
-    family = _known_family(config)
-    if family not in CONFIG_MAPPING:
-        raise UnsupportedError(f"transformers {__version__} has no model_type {family!r}")
-    config = {**config, "model_type": family}
+    parsed = pretrained.load_config(config)
+    for part in (parsed, parsed.get_text_config()):
+        for name in _RECORDED:
+            if getattr(part, name, False):
+                setattr(part, name, False)
+    parsed.dtype = dtype
     given = {"experts_implementation": experts}
     given |= {"attn_implementation": attention} if attention else {}
-    try:
-        # A folder, since only from there AutoConfig applies all of its rules.
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config))
-            parsed = AutoConfig.from_pretrained(folder, local_files_only=True)
-            if type(parsed) not in AutoModelForCausalLM._model_mapping:
-                raise UnsupportedError(
-                    f"transformers {__version__} has no causal language model for {family!r}"
-                )
-            for part in (parsed, parsed.get_text_config()):
-                for name in _RECORDED:
-                    if getattr(part, name, False):
-                        setattr(part, name, False)
-            parsed.dtype = dtype
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, **given)
-    except MoeComposeError:
-        raise
-    except Exception as e:
-        # Whatever a class raises on a bad config, the finding is the same.
-        raise CheckpointError(f"transformers refuses the config: {first_line(e)}") from e
-    built: PreTrainedModel = model.eval()
-    return built
-
-
-def _known_family(config: Mapping[str, Any]) -> Any:
-    """The config's family; one that transformers only knows by its class has that class's."""
-    import transformers
-
-    family, form = config.get("model_type"), find(config)
-    if family in transformers.CONFIG_MAPPING or form is None:
-        return family
-    known = getattr(getattr(transformers, form.hf_class, None), "config_class", None)
-    return getattr(known, "model_type", family)
+    return pretrained.build_on_meta(parsed, dtype=dtype, **given).eval()
 
 
 def fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from moe_compose.architectures import all_architectures
 from moe_compose.checkpoint.reader import Checkpoint
 from moe_compose.errors import UnsupportedError
-from moe_compose.runtime import compat
+from moe_compose.runtime import compat, pretrained
 from moe_compose.runtime.loading import Loader
 from moe_compose.runtime.quiet import quiet
 from moe_compose.runtime.skeleton import Skeleton
@@ -34,7 +34,7 @@ def self_test() -> None:
         known, found = _both_ways()
     except Exception as e:
         raise UnsupportedError(
-            f"transformers {__version__} cannot be streamed: {compat.first_line(e)}",
+            f"transformers {__version__} cannot be streamed: {pretrained.first_line(e)}",
             hint="Install a version of transformers that moe-compose was tested with.",
         ) from e
     wrong = [n for n, t in known.items() if n not in found or not torch.equal(t, found[n])]
@@ -50,19 +50,14 @@ def self_test() -> None:
 
 def _both_ways() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Name in memory → tensor, as transformers loads it and as this package does."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     form = next(a for a in all_architectures().values() if a.is_moe)
     sizes = {form.hidden.name: 16, form.layers.name: 2, form.num_experts.name: 3}
     sizes |= {form.top_k.name: 2, form.expert_width.name: 24, "vocab_size": 32}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     with quiet(), tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = AutoConfig.for_model(form.model_type, **sizes)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        )
+        pretrained.new_model(form.model_type, **sizes).save_pretrained(folder)
+        loaded = pretrained.load_model(folder, dtype=torch.float32)
         source = Checkpoint.open(folder)
         model = compat.build(source.config, torch.float32, experts="eager")
         loader = Loader(source, Skeleton(model), torch.float32)

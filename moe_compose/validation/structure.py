@@ -7,14 +7,13 @@ asked, through its own conversion rules, what it would write to disk.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures import find
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
+from moe_compose.errors import MoeComposeError
 from moe_compose.surgery.selection import group_problem
 from moe_compose.validation.report import Check
 
@@ -36,31 +35,19 @@ def build_on_meta(source: TensorSource) -> tuple[PreTrainedModel | None, Check]:
     """The transformers class of a checkpoint or plan, without weights; None when the config is
     refused.
 
-    Remote code is never run: a config that needs it is refused.
+    The class is the one that runs it; a config that needs code of its own is refused.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from moe_compose.runtime.quiet import quiet
+    from moe_compose.runtime import pretrained
 
     try:
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(dict(source.config)))
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-    except Exception as e:
-        # Whatever a model class raises on a bad config, the finding is the same.
-        return None, Check("config", "fail", f"transformers refuses the config: {_first_line(e)}")
+        model = pretrained.build_on_meta(pretrained.load_config(source.config))
+    except MoeComposeError as e:
+        return None, Check("config", "fail", e.message)
     stated = source.config.get("architectures") or []
     name = type(model).__name__
     if name not in stated:
         return model, Check("config", "fail", f"architectures ({stated}) does not name {name}")
     return model, Check("config", "pass", f"accepted by {name}")
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 def expected_tensors(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
@@ -161,9 +148,8 @@ def load_tokenizer(checkpoint: TensorSource, against: TensorSource | None) -> tu
     It must be there if the source has one, and more tokens than the model has rows are a fault,
     unless the source has the same.
     """
-    from transformers import AutoTokenizer
-
-    from moe_compose.runtime.quiet import quiet
+    from moe_compose.runtime.pretrained import first_line
+    from moe_compose.runtime.pretrained import load_tokenizer as load
 
     path = _tokenizer_file(checkpoint)
     if path is None:
@@ -171,10 +157,9 @@ def load_tokenizer(checkpoint: TensorSource, against: TensorSource | None) -> tu
         text = "the checkpoint has none" + (", its source has one" if lost else "")
         return None, Check("tokenizer", "fail" if lost else "warn", text)
     try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
-    except Exception as e:
-        return None, Check("tokenizer", "fail", f"does not load: {_first_line(e)}")
+        tokenizer = load(path.parent)
+    except Exception as e:  # whatever a tokenizer raises, the finding is the same
+        return None, Check("tokenizer", "fail", f"does not load: {first_line(e)}")
     vocabulary = checkpoint.config.get("vocab_size")
     if isinstance(vocabulary, int) and len(tokenizer) > vocabulary:
         text = f"has {len(tokenizer)} tokens, the model {vocabulary}"

@@ -12,7 +12,9 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -188,19 +190,72 @@ def check_engines(
     runs = dict(_installed()) | dict(pythons)
     why_not = why_not or (_shortage(checkpoint) if runs else "")
     prompts = [] if texts is None else [ids[0].tolist() for ids in texts.ids]
+    with code_left_out(path if runs and not why_not else None) as folder:
+        found = [*_run_all(folder, runs, prompts, why_not)]
+    return tuple(
+        replace(
+            one,
+            rules=tuple(r for r in rules if names(r, one.engine)),
+            asked=one.engine in pythons,
+        )
+        for one in found
+    )
+
+
+def _run_all(
+    folder: Path | None,
+    runs: Mapping[str, Path],
+    prompts: Sequence[Sequence[int]],
+    why_not: str,
+) -> Iterator[Served]:
+    """Every engine's findings; those of none are run without a folder."""
     reference: Sequence[Mapping[str, Any]] = ()
-    if runs and not why_not and path is not None:
-        reference, why_not = _reference(path, prompts)
-    served = []
+    if folder is not None:
+        reference, why_not = _reference(folder, prompts)
     for engine in ENGINES:
-        mine = tuple(r for r in rules if names(r, engine.name))
-        if engine.name not in runs or why_not or path is None:
+        if engine.name not in runs or why_not or folder is None:
             why = why_not if engine.name in runs else _missing(engine)
-            one = Served(engine.name, "", "not run", why)
+            yield Served(engine.name, "", "not run", why)
         else:
-            one = _serve(engine, runs[engine.name], path, prompts, reference)
-        served.append(replace(one, rules=mine, asked=engine.name in pythons))
-    return tuple(served)
+            yield _serve(engine, runs[engine.name], folder, prompts, reference)
+
+
+@contextmanager
+def code_left_out(path: Path | None) -> Iterator[Path | None]:
+    """A folder without code of its own: the checkpoint's, or, where it holds any, one of links to
+    its other files. Some engines and converters run such code unasked.
+    """
+    from moe_compose.runtime.pretrained import without_code
+
+    if path is None:
+        yield None
+        return
+    documents = {name: _document(path / name) for name in ("config.json", "tokenizer_config.json")}
+    plain = {name: without_code(found) for name, found in documents.items()}
+    for found in plain.values():
+        found.pop("model_file", None)  # mlx-lm's
+    if plain == documents and not any(path.glob("*.py")):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="moe-compose-") as work:
+        folder = Path(work, path.name)
+        folder.mkdir()
+        for file in path.iterdir():
+            if file.suffix != ".py" and file.name not in plain:
+                (folder / file.name).symlink_to(file.resolve())
+        for name, found in plain.items():
+            if found:
+                (folder / name).write_text(json.dumps(found), encoding="utf-8")
+        yield folder
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _reference(

@@ -70,7 +70,11 @@ def run_transformers(folder: Path, prompts: Prompts, new_tokens: int, notes: lis
     from transformers import AutoModelForCausalLM
 
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if wrong:
@@ -216,6 +220,7 @@ def run_vllm(folder: Path, prompts: Prompts, new_tokens: int, notes: list[str]) 
         model=str(folder),
         dtype="float32",
         enforce_eager=True,
+        trust_remote_code=False,
         max_model_len=max(map(len, prompts)) + new_tokens,
         enable_prefix_caching=False,
         skip_tokenizer_init=not list(folder.glob("tokenizer*")),
