@@ -10,7 +10,7 @@ and forgotten. The text passes twice through each layer, whatever the number of 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class _Growing:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.config, self.tensors = plan.config, plan.tensors
-        self.files: Mapping[str, Path] = {}
+        self.files = plan.files
         self.weight_files, self.label = plan.weight_files, plan.label
 
     def digest(self) -> str:

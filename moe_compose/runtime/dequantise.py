@@ -1,17 +1,21 @@
 """A quantised checkpoint as the plain one it stands for, tensor by tensor, when they are read.
 
-    FP8 in blocks      W[r, c] = weight[r, c] · weight_scale_inv[r // 128, c // 128]
+    FP8                W[r, c] = weight[r, c] · scale, one for the tensor, a row, a block; it is
+                       called weight_scale_inv, weight_scale (ModelOpt, FBGEMM, Quark) or scale
     MXFP4              W[e, c, r] = E2M1[half byte c of blocks[e, r]] · 2^(s[e, r, c // 32] − 127)
     compressed-tensors W[r, c] = (field c of weight_packed[r] − 2^(bits − 1)) · scale[r, c // group]
                        W[r, c] = weight[r, c] · weight_scale, one for the tensor, a row, a block
 
 Products are taken in fp32, or in fp64 for fp64, and rounded once. What has no scales beside it is
-plain already. Other formats are refused.
+plain already. Other formats are refused, and so is a checkpoint with packed values, or with scales,
+that nothing here decodes: without them it would run, and be another model. Scales of activations
+are left out: activations are not rounded here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +25,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compose.architectures import find
+from moe_compose.architectures.parts import Locator
+from moe_compose.checkpoint.quantisation import ENTRIES, SIDE_FILE, stated_quantisation
 from moe_compose.checkpoint.source import FLOAT_DTYPES, Extent, TensorInfo, TensorSource
 from moe_compose.errors import CheckpointError, UnsupportedError
+from moe_compose.surgery.roles import Roles
 
-#: Where a config may say that its checkpoint is quantised.
-_ENTRIES = ("quantization_config", "compression_config")
+#: Dtypes in which values are codes: without a scale they mean nothing.
+_CODES = frozenset(
+    ("I8", "U8", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+)
+
+#: Of these, what is a number times its scale.
+_EIGHT = frozenset(dtype for dtype in _CODES if dtype.startswith("F8"))
+
+#: What the scale of a tensor is called.
+_SCALES = ("{name}_scale_inv", "{name}_scale", "{name}_weight_scale", "{stem}.scale")
+
+#: Parts of quantised matrices, whatever their dtype.
+_PARTS = re.compile(
+    r".+[._](qweight|qzeros|weight_packed|weight_scale(_inv|_2)?|weight_(global_scale|zero_point))"
+)
+
+#: Scales that weights do not depend on.
+_OF_ACTIVATIONS = re.compile(
+    r".*[._](input|activation|output|[qkv]|kv|kv_cache|prob)"
+    r"_(scale(_ub|_inv)?|global_scale|scaling_factor|zero_point)"
+)
+
+#: Faults that are listed one by one.
+_SHOWN = 5
+
+_HINT = "Dequantise the checkpoint first, with the tool that made it."
 
 #: The sixteen values of E2M1, the sign being the highest bit.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -39,10 +71,11 @@ _PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
 
 @dataclass(frozen=True, slots=True)
 class _Folded:
-    """A tensor that is made of several: its shape, and how it is read."""
+    """A tensor that is made of several: its shape, how it is read, and of what."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    parts: tuple[str, ...]
 
 
 class Dequantised:
@@ -58,7 +91,8 @@ class Dequantised:
         self._source, self._folded, self._dtype = source, folded, getattr(torch, dtype)
         self.config = config
         name_on_disk = next(n for n, torch_name in FLOAT_DTYPES.items() if torch_name == dtype)
-        plain = {n: t for n, t in source.tensors.items() if n not in folded}
+        parts = {part for f in folded.values() for part in f.parts}
+        plain = {n: t for n, t in source.tensors.items() if n not in parts}
         made = {n: TensorInfo.of(n, name_on_disk, f.shape) for n, f in folded.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(plain | made)
 
@@ -98,33 +132,94 @@ def dequantised(source: TensorSource, dtype: str) -> TensorSource:
         dtype: what quantised tensors become (`float32`, `bfloat16`, ...).
 
     Raises:
-        UnsupportedError: quantised in a way that is not known here.
+        UnsupportedError: quantised in a way that is not known here, or only in part: packed values
+            or scales that nothing decodes.
     """
-    stated = next((source.config[e] for e in _ENTRIES if source.config.get(e)), None)
+    stated = stated_quantisation(source)
+    folded: dict[str, _Folded] = {}
+    if stated is not None:
+        method = stated.get("quant_method")
+        if method not in _FOLDERS:
+            raise UnsupportedError(
+                f"{source.label} is quantised by {method!r}, which cannot be run here",
+                hint=f"Known are {', '.join(_FOLDERS)}. {_HINT}",
+            )
+        folded = _FOLDERS[method](source, stated, getattr(torch, dtype))
+    if left := list(_left_over(source, folded)):
+        more = len(left) - _SHOWN
+        raise UnsupportedError(
+            f"{source.label} holds quantised values that cannot be run here",
+            problems=[*left[:_SHOWN], *([f"and {more} more"] if more > 0 else [])],
+            hint=_HINT
+            if stated
+            else f"Neither config.json nor {SIDE_FILE} says how to read them. {_HINT}",
+        )
     if stated is None:
         return source
-    method = stated.get("quant_method")
-    compute: torch.dtype = getattr(torch, dtype)
-    folders = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _compressed}
-    if method not in folders:
-        raise UnsupportedError(
-            f"{source.label} is quantised by {method!r}, which cannot be run here",
-            hint=f"Known are {', '.join(folders)}. Dequantise the checkpoint first.",
-        )
-    folded = folders[method](source, stated, compute)
-    config = {k: v for k, v in source.config.items() if k not in _ENTRIES}
+    config = {k: v for k, v in source.config.items() if k not in ENTRIES}
     return Dequantised(source, config, dtype, folded)
 
 
-def _fp8(source: TensorSource, stated: Mapping[str, Any], dtype: torch.dtype) -> dict[str, _Folded]:
-    found = {}
-    block = stated.get("weight_block_size")
+def refuse_lost_scales(source: TensorSource, unused: Iterable[str]) -> None:
+    """Refuse a checkpoint with a scale that its class has no use for.
+
+    Args:
+        source: dequantised.
+        unused: names that the class does not take.
+
+    Raises:
+        UnsupportedError: a scale of weights is among them.
+    """
+    outside = _outside_of_layers(source)
+    lost = [
+        n
+        for n in unused
+        if "scale" in n.rpartition(".")[2] and not _OF_ACTIVATIONS.fullmatch(n) and not outside(n)
+    ]
+    if lost:
+        more = len(lost) - _SHOWN
+        raise UnsupportedError(
+            f"{source.label} has scales that its class does not use",
+            problems=[*lost[:_SHOWN], *([f"and {more} more"] if more > 0 else [])],
+            hint=_HINT,
+        )
+
+
+def _left_over(source: TensorSource, folded: Mapping[str, _Folded]) -> Iterator[str]:
+    """What is neither plain nor made plain, and why that is known."""
+    form = find(source.config)
+    parts = {part for f in folded.values() for part in f.parts}
+    outside = _outside_of_layers(source)
+    roles = Roles(form) if form is not None and form.experts is not None else None
+
+    def is_table(name: str) -> bool:
+        role = roles.of(name) if roles is not None else None
+        return role is not None and role.router is not None and role.router.kind == "table"
+
     for name, info in source.tensors.items():
-        scale = f"{name}_scale_inv"
-        if scale in source.tensors:
-            read = partial(_read_scaled, source, name, scale, block, dtype)
-            found[name] = _Folded(info.shape, read)
-    return found
+        if name in parts or _OF_ACTIVATIONS.fullmatch(name) or outside(name) or is_table(name):
+            continue
+        if info.dtype in _CODES:
+            yield f"{name} is {info.dtype}"
+        elif _PARTS.fullmatch(name):
+            yield f"{name} is a part of a quantised matrix"
+        elif name.endswith((".scale", ".scales")):
+            weight = source.tensors.get(f"{name.rpartition('.')[0]}.weight")
+            if weight is not None and len(weight.shape) > 1:
+                yield f"{name} scales {weight.name}"
+
+
+def _outside_of_layers(source: TensorSource) -> Callable[[str], bool]:
+    """Whether a name is of multi-token prediction, which is never run."""
+    form = find(source.config)
+    if form is None or not form.mtp:
+        return lambda name: False
+    locator = Locator(form, form.layers.integer(source.config))
+    return lambda name: locator.place(name).kind == "MTP"
+
+
+def _fp8(source: TensorSource, stated: Mapping[str, Any], dtype: torch.dtype) -> dict[str, _Folded]:
+    return _scaled(source, stated.get("weight_block_size"), dtype, _EIGHT)
 
 
 def _compressed(
@@ -138,7 +233,8 @@ def _compressed(
     if any(not w.get("symmetric", True) for w in weights):
         raise UnsupportedError(f"{source.label}: weights with zero points cannot be run here")
     if kinds <= set(_PLAIN):
-        return _scaled(source, weights, dtype)
+        block = next((w["block_structure"] for w in weights if w.get("block_structure")), None)
+        return _scaled(source, block, dtype, _EIGHT | {"I8"})
     if kinds != {"pack-quantized"} or len(bits) != 1 or not bits <= {4, 8}:
         raise UnsupportedError(
             f"{source.label}: compressed-tensors in {sorted(map(str, kinds))} with "
@@ -149,15 +245,19 @@ def _compressed(
 
 
 def _scaled(
-    source: TensorSource, weights: list[Mapping[str, Any]], dtype: torch.dtype
+    source: TensorSource, block: list[int] | None, dtype: torch.dtype, dtypes: Collection[str]
 ) -> dict[str, _Folded]:
-    block = next((w["block_structure"] for w in weights if w.get("block_structure")), None)
+    """Numbers of one byte that have a scale beside them."""
     found = {}
     for name, info in source.tensors.items():
-        scale = f"{name}_scale"
-        if scale in source.tensors:
+        if info.dtype not in dtypes:
+            continue
+        stem = name.removesuffix(".weight")
+        scales = (template.format(name=name, stem=stem) for template in _SCALES)
+        scale = next((n for n in scales if n in source.tensors), None)
+        if scale is not None:
             read = partial(_read_scaled, source, name, scale, block, dtype)
-            found[name] = _Folded(info.shape, read)
+            found[name] = _Folded(info.shape, read, (name, scale))
     return found
 
 
@@ -171,7 +271,8 @@ def _packed(source: TensorSource, bits: int, dtype: torch.dtype) -> dict[str, _F
             raise UnsupportedError(f"{stem}: columns in an order of their own cannot be run here")
         *rows, columns = info.shape
         shape = (*rows, columns * (32 // bits))
-        found[stem] = _Folded(shape, partial(_read_packed, source, stem, bits, dtype))
+        read = partial(_read_packed, source, stem, bits, dtype)
+        found[stem] = _Folded(shape, read, (name, f"{stem}_scale"))
     return found
 
 
@@ -184,8 +285,17 @@ def _mxfp4(
         if stem != name and f"{stem}_scales" in source.tensors:
             experts, rows, groups, _ = info.shape
             shape = (experts, groups * _GROUP, rows)
-            found[stem] = _Folded(shape, partial(_read_mxfp4, source, stem, dtype))
+            read = partial(_read_mxfp4, source, stem, dtype)
+            found[stem] = _Folded(shape, read, (name, f"{stem}_scales"))
     return found
+
+
+#: Method, as a config names it → how its matrices are made plain.
+_FOLDERS = {
+    **dict.fromkeys(("fp8", "fbgemm_fp8", "modelopt", "quark"), _fp8),
+    "mxfp4": _mxfp4,
+    "compressed-tensors": _compressed,
+}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -207,7 +317,8 @@ def _read_scaled(
     Args:
         source: the quantised source.
         name: of the weight, `[..., R, C]`.
-        scale: name of its scales: of one number, or `[..., ⌈R / rows⌉, ⌈C / columns⌉]`.
+        scale: name of its scales: of one number, `[R]`, `[E]` for a weight `[E, R, C]`, or
+            `[..., ⌈R / rows⌉, ⌈C / columns⌉]`.
         block: rows and columns that share a scale; None for what the shapes say.
         dtype: of the result.
     """
@@ -215,7 +326,9 @@ def _read_scaled(
     if scales.numel() == 1:
         return (weight.to(scales.dtype) * scales.reshape(())).to(dtype)
     if scales.ndim == 1:
-        scales = scales[:, None]
+        scales = scales.reshape(-1, *[1] * (weight.ndim - 1))
+    if scales.shape[:-2] != weight.shape[:-2]:
+        raise _not_covered(name, scales.shape, weight.shape)
     size = _block_size(weight.shape, scales.shape, block, name)
     result = torch.empty(weight.shape, dtype=dtype)
     matrices = (t.reshape(-1, *t.shape[-2:]) for t in (weight, scales, result))
@@ -237,7 +350,11 @@ def _block_size(
             for w, n, s in zip(weight[-2:], size, scales[-2:], strict=True)
         ):
             return size[0], size[1]
-    raise CheckpointError(
+    raise _not_covered(name, scales, weight)
+
+
+def _not_covered(name: str, scales: torch.Size, weight: torch.Size) -> CheckpointError:
+    return CheckpointError(
         f"{name}: scales of shape {list(scales)} do not cover a weight of shape {list(weight)}"
     )
 

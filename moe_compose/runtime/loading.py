@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from moe_compose.checkpoint.source import TensorSource, torch_dtype
+from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource, torch_dtype
 from moe_compose.errors import CheckpointError
 from moe_compose.runtime import compat
 from moe_compose.runtime.compat import Job
@@ -97,9 +97,20 @@ class Loader:
         torch_dtype(info.dtype)
         return torch.empty(info.shape, dtype=dtype, device="meta")
 
+    def _codes(self, job: Job) -> list[str]:
+        """What a job reads that holds no floating-point numbers."""
+        infos = [self._source.tensors[name] for name, _ in job.sources]
+        return [
+            f"{i.name} is {i.dtype}, not of floating point"
+            for i in infos
+            if i.dtype not in FLOAT_DTYPES
+        ]
+
     def _dry_run(self, job: Job, skeleton: Skeleton) -> list[str]:
         """Note what a job makes; returns what is wrong with it."""
         dtype = self._dtypes[job.target]
+        if dtype.is_floating_point and (codes := self._codes(job)):
+            return codes
         try:
             made = job.run(self._model, partial(self._shape_only, dtype))
         except Exception as e:

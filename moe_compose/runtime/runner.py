@@ -27,7 +27,7 @@ from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
 from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.kernels import hook
 from moe_compose.runtime import compat
-from moe_compose.runtime.dequantise import dequantised
+from moe_compose.runtime.dequantise import dequantised, refuse_lost_scales
 from moe_compose.runtime.device import device_of
 from moe_compose.runtime.footprint import Footprint
 from moe_compose.runtime.layer import Batch, Layer, layers_of
@@ -106,6 +106,7 @@ class Runner:
         self.model = compat.build(source.config, compute, experts=experts, attention=attention)
         self._skeleton = Skeleton(self.model)
         self._loader = Loader(source, self._skeleton, compute)
+        refuse_lost_scales(source, self._loader.unused)
         compat.fill_computed_buffers(self.model, self.device)
         self.unused = tuple(self._loader.unused)
         self.layers = layers_of(self.model, self._skeleton.layers, self._router_of(source))

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_compose.architectures import Architecture, MoE
+from moe_compose.checkpoint.quantisation import stated_quantisation
 from moe_compose.checkpoint.source import FLOAT_DTYPES, TensorSource
 from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.surgery.arithmetic import cast
@@ -22,7 +23,6 @@ from moe_compose.surgery.neurons import part_of, templates_of
 from moe_compose.surgery.plan import OutputTensor, Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.roles import Role, Roles
-from moe_compose.surgery.selected_config import is_quantised
 from moe_compose.surgery.selection import Selected, group_problem, moe_form, select_experts
 from moe_compose.surgery.tables import Regroup, Renumber
 from moe_compose.surgery.transforms import Concat, Take, Transform
@@ -197,7 +197,7 @@ def _refuse_quantised(source: TensorSource) -> None:
         if t.dtype not in FLOAT_DTYPES and (role := roles.of(n)) and role.kind != "router"
     )
     name = next(packed, None)
-    if name is not None or is_quantised(source.config):
+    if name is not None or stated_quantisation(source) is not None:
         what = f", such as {name} ({source.tensors[name].dtype})" if name else ""
         raise UnsupportedError(
             f"experts of {source.label} cannot be merged: the checkpoint is quantised{what}, and "

@@ -11,11 +11,9 @@ from typing import Any
 
 from moe_compose.architectures import Architecture, all_architectures
 from moe_compose.architectures.base import Key
+from moe_compose.checkpoint.quantisation import ENTRIES
 from moe_compose.checkpoint.source import TensorInfo
 from moe_compose.surgery.roles import NUMBERED, Roles
-
-#: Where a config says how its checkpoint is quantised.
-_QUANTISED = ("quantization_config", "compression_config")
 
 #: What quantised matrices are called: MXFP4; compressed-tensors; AWQ and GPTQ.
 _PACKED = re.compile(r"(?P<stem>.+)(?:_blocks|\.weight_packed|\.qweight)")
@@ -73,11 +71,6 @@ def without_mtp(config: dict[str, Any], form: Architecture) -> None:
         key.edit(config, 0)
 
 
-def is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether a config says that its checkpoint is quantised."""
-    return any(config.get(entry) for entry in _QUANTISED)
-
-
 def packed_stems(tensors: Mapping[str, TensorInfo]) -> set[str]:
     """Names of what has packed values, in shapes of their own, in place of a matrix."""
     found = (_PACKED.fullmatch(name) for name in tensors)
@@ -123,7 +116,7 @@ def rename_modules(
             return [part for found in parts for part in found]
         return node
 
-    for entry in _QUANTISED:
+    for entry in ENTRIES:
         if entry in config:
             config[entry] = rewritten(config[entry])
     yield from problems

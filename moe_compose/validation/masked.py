@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compose.architectures.base import RouterTensor
@@ -50,7 +49,7 @@ class Masked:
                 if line.kind in ("correction_bias", "table") and name in source.tensors:
                     self._changed[name] = line, ids
         self.config, self.tensors = source.config, source.tensors
-        self.files: Mapping[str, Path] = {}
+        self.files = source.files
         self.weight_files, self.label = source.weight_files, source.label
 
     def digest(self) -> str:
