@@ -44,7 +44,9 @@ _SAMPLED = ("loo_HCE", "greedy_3E")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerStats:
-    """One layer's sums; all fp64.
+    """One layer's sums; all fp64, and laid out in memory as on the disk: what is computed of them
+    later (a sum over domains, a criterion) then adds in one order, whether they were measured here
+    or read, and comes to the same bits.
 
     Attributes:
         sums_HCME: the measures.
@@ -76,6 +78,11 @@ class LayerStats:
     logit_EE: Tensor | None = None  # noqa: N815
     loo_HCE: Tensor | None = None  # noqa: N815
     greedy_3E: Tensor | None = None  # noqa: N815
+
+    def __post_init__(self) -> None:
+        """A table that was measured as the transpose of another is stored as a table of its own."""
+        for name, table in self.tensors.items():
+            object.__setattr__(self, name, table.contiguous())
 
     @property
     def tensors(self) -> dict[str, Tensor]:

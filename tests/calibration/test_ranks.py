@@ -25,7 +25,7 @@ PATIENCE = 100
 
 #: Joins by a file, runs every scenario, and says how each ended.
 PROGRAM = """
-import sys
+import hashlib, sys
 from torch import distributed
 import moe_compose as mc
 from moe_compose.calibration import observe
@@ -47,7 +47,13 @@ def run(place, options, fail="", resume=False, ids=eval(ids)):
     stats = mc.calibrate(mc.Checkpoint.open(source), TokenSet.of_ids(ids),
                          mc.CalibrateOptions(**options), output=f"{folder}/{place}",
                          resume=resume, progress=stop)
-    return f"done {sorted(stats.layers)} {float(stats.layers[1].sums_HCME.sum()):.17g} {len(told)}"
+    hashed = hashlib.sha256()
+    for layer, found in sorted(stats.layers.items()):
+        for name, table in sorted(found.tensors.items()):
+            hashed.update(f"{layer}.{name} {tuple(table.shape)}".encode())
+            hashed.update(table.contiguous().numpy().tobytes())
+    total = float(stats.layers[1].sums_HCME.sum())
+    return f"done {sorted(stats.layers)} {hashed.hexdigest()} {total.hex()} {len(told)}"
 
 for scenario in eval(scenarios):
     try:
@@ -109,7 +115,8 @@ def test_two_measure_what_one_does(
     said: dict[str, tuple[str, str]], source: mc.Checkpoint, tokens: TokenSet, folder: Path
 ) -> None:
     first, second = (line.rpartition(" ") for line in said["whole"])
-    assert first[0].startswith("done [0, 1, 2]") and first[0] == second[0], "the same bits"
+    assert first[0].startswith("done [0, 1, 2]")
+    assert first[0] == second[0], "the same bits, and the same sums of them"
     assert second[2] == "0" != first[2], "the first one tells of progress"
     found = mc.ExpertStats.load(folder / "whole")
     one = mc.calibrate(source, tokens, mc.CalibrateOptions(**FAST))

@@ -129,9 +129,18 @@ def test_on_disk_and_back(whole: mc.ExpertStats, tmp_path: Path) -> None:
     assert contents(tmp_path / "copy") == contents(whole.folder)
     for layer, stats in whole.layers.items():
         for name, table in stats.tensors.items():
-            assert torch.equal(table, again.layers[layer].tensors[name])
+            other = again.layers[layer].tensors[name]
+            assert torch.equal(table, other)
+            assert table.stride() == other.stride(), "and what is summed of it, in one order"
     with pytest.raises(WriteError, match="is there already"):
         whole.save(tmp_path / "copy")
+
+
+def test_tables_lie_in_memory_as_on_the_disk(source: mc.Checkpoint, tokens: TokenSet) -> None:
+    """A sum adds in the order of memory: measured as a transpose, it could end in other bits."""
+    stats = mc.calibrate(source, tokens, mc.CalibrateOptions(batch=3))
+    tables = [t for s in stats.layers.values() for t in s.tensors.values()]
+    assert tables and all(t.is_contiguous() for t in tables)
 
 
 @pytest.mark.parametrize("fault", ["none", "json", "format", "tables", "domains"])
