@@ -57,7 +57,7 @@ def merge(
         >>> small.decided["groups"]["0"]                                     # doctest: +SKIP
         [[0, 5], [2], [3, 1, 4, 6], [7]]
     """
-    check_merge_options(source, options)
+    options = check_merge_options(source, options)
     if not isinstance(stats, Grouping):
         return merge_grouped(source, group_and_align(source, stats, options, progress), options)
     if problems := list(_mismatch(stats, options)):
@@ -85,7 +85,7 @@ def group_and_align(
     from moe_compose.calibration.alignment import align
     from moe_compose.calibration.grouping import group_experts
 
-    check_merge_options(source, options)
+    options = check_merge_options(source, options)
     _, moe = moe_form(source)
     grouping = group_experts(stats.check(source), options, moe)
     if options.aligned_by == "none":

@@ -14,7 +14,7 @@ from moe_compose.architectures import MoE
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.surgery.plan import Plan
-from moe_compose.surgery.prune import prune_ranked
+from moe_compose.surgery.prune import prune_ranked, sized
 from moe_compose.surgery.prune_options import (
     OF_MASKED,
     WITHOUT_STATS,
@@ -68,6 +68,7 @@ def prune(
     problems = [*option_problems(options, moe), *evidence_problems(stats, options)]
     if problems:
         raise OptionError(f"cannot prune {source.label} like this", problems=problems)
+    options = sized(source, options)
     if isinstance(stats, Ranking):
         ranking = stats
     elif isinstance(stats, Mapping):

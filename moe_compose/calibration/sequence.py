@@ -66,6 +66,7 @@ def merge_in_sequence(
     Example:
         >>> small = merge_in_sequence(moe, texts, MergeOptions(keep=4))  # doctest: +SKIP
     """
+    options = check_merge_options(source, options)
     grouping, _ = group_in_sequence(source, texts, options, calibration, progress=progress)
     return merge_grouped(source, grouping, options)
 
@@ -81,7 +82,7 @@ def group_in_sequence(
     """The grouping that `merge_in_sequence` follows, and what was measured for it. Arguments and
     errors are the same.
     """
-    check_merge_options(source, options)
+    options = check_merge_options(source, options)
     chosen = replace(calibration or CalibrateOptions(), similarity=True).check()
     tokens = tokens_of(source, texts, chosen)
     with tempfile.TemporaryDirectory(prefix="moe-compose-") as folder:

@@ -8,6 +8,7 @@ file systems that ignore case lead to the same answer.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,6 +20,9 @@ from moe_compose.errors import CheckpointError, PlanError, WriteError
 
 #: Bytes asked for beyond the files themselves: names, block maps, the last incomplete blocks.
 SPACE_MARGIN = 4 << 20
+
+#: Units of sizes as people type them: decimal, as shard sizes are everywhere.
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def source_paths(source: TensorSource) -> tuple[Path, ...]:
@@ -194,6 +198,22 @@ def human(nbytes: int) -> str:
     if nbytes < 1 << 20:
         return f"{nbytes / 1024:.1f} KiB"
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def parse_bytes(size: str | int) -> int:
+    """`5GB`, `500MB` or a plain number of bytes; units are decimal, as shard sizes are everywhere.
+
+    Raises:
+        ValueError: it is no size; what it must be, in words.
+
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", str(size).strip().upper())
+    found = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if found < 1:
+        raise ValueError("a size in bytes, such as 5GB, 500MB or 4000000")
+    return found
 
 
 def _stat_source(path: Path) -> os.stat_result:

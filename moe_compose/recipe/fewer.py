@@ -72,16 +72,16 @@ def _unmeasured(
     """As many experts as will stay, or at most will; where only text can tell which, any."""
     from moe_compose.calibration.pruning import prune
     from moe_compose.surgery.prune import prune_ranked
+    from moe_compose.surgery.prune_options import allowed_counts
     from moe_compose.surgery.ranking import Ranking
     from moe_compose.surgery.selection import moe_form
-    from moe_compose.tradeoff.measure import allowed_counts
 
     _, moe = moe_form(source)
     if "max_kl" not in given:
         if evidence is not None or options.criterion in ("random", "given"):
             return prune(source, evidence, options)
     else:
-        counts = [c for c in allowed_counts(moe, options) if c < moe.num_experts]
+        counts = [c for c in allowed_counts(options, moe) if c < moe.num_experts]
         options = replace(options, keep=max(counts, default=moe.num_experts))
         state.watch.remark("Dry run: no count is searched; these are the largest sizes there are.")
     ranking = Ranking.random(moe.num_experts, moe.sparse_layers, options.seed)

@@ -7,8 +7,8 @@ or the same mean. Experts that stay alone keep their bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from moe_compose.architectures import Architecture, MoE
@@ -18,12 +18,17 @@ from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.surgery.arithmetic import cast
 from moe_compose.surgery.averages import Mean, Mix
 from moe_compose.surgery.groups import ExpertGroups, Grouping
-from moe_compose.surgery.merge_options import MergeOptions, merge_option_problems
+from moe_compose.surgery.merge_options import (
+    MergeOptions,
+    allowed_counts,
+    merge_option_problems,
+)
 from moe_compose.surgery.neurons import part_of, templates_of
 from moe_compose.surgery.plan import OutputTensor, Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.roles import Role, Roles
 from moe_compose.surgery.selection import Selected, group_problem, moe_form, select_experts
+from moe_compose.surgery.sizing import count_within, size_note
 from moe_compose.surgery.tables import Regroup, Renumber
 from moe_compose.surgery.transforms import Concat, Take, Transform
 
@@ -33,8 +38,11 @@ REPORT_NAME = "merging.json"
 _KEY = "source"
 
 
-def check_merge_options(source: TensorSource, options: MergeOptions) -> None:
+def check_merge_options(source: TensorSource, options: MergeOptions) -> MergeOptions:
     """Raise all faults of the options together, before anything is read to group experts by.
+
+    Returns:
+        The options; with the largest `keep` that stays within `size`, where that is asked.
 
     Raises:
         OptionError: options that cannot be meant.
@@ -43,8 +51,13 @@ def check_merge_options(source: TensorSource, options: MergeOptions) -> None:
     _, moe = moe_form(source)
     if problems := list(merge_option_problems(options, moe)):
         raise OptionError(f"cannot merge experts of {source.label} like this", problems=problems)
+    if options.size is not None:
+        counts = allowed_counts(options, moe)
+        count = count_within(source, options.size, counts, options.mtp)
+        options = replace(options, keep=count, size=None)
     if options.keep != moe.num_experts:
         _refuse_quantised(source)
+    return options
 
 
 def merge_grouped(source: TensorSource, grouping: Grouping, options: MergeOptions) -> Plan:
@@ -91,12 +104,22 @@ def merge_grouped(source: TensorSource, grouping: Grouping, options: MergeOption
         preservation=_preservation(trivial, moe, len(next(iter(chosen.values())))),
         files={n: p for n, p in source.files.items() if n not in ("README.md", REPORT_NAME)},
         dropped={name: why for name, why in selected.dropped.items() if name not in used},
-        notes=tuple(_notes(form, moe, grouping, selected, options)),
+        notes=(
+            *_notes(form, moe, grouping, selected, options),
+            *([] if trivial else [_size(source, outputs, chosen)]),
+        ),
         card=source.files.get("README.md"),
         decided=_decided(grouping, selected),
         reports={REPORT_NAME: _report(grouping)},
     )
     return plan.check()
+
+
+def _size(
+    source: TensorSource, outputs: Sequence[OutputTensor], chosen: Mapping[int, Sequence[int]]
+) -> str:
+    nbytes = sum(o.info.nbytes for o in outputs)
+    return size_note(source, nbytes, len(next(iter(chosen.values()))))
 
 
 def any_grouping(moe: MoE, options: MergeOptions) -> Grouping:
@@ -118,7 +141,7 @@ def merge_unmeasured(source: TensorSource, options: MergeOptions) -> Plan:
     Raises:
         OptionError, UnsupportedError: as `merge_grouped`.
     """
-    check_merge_options(source, options)
+    options = check_merge_options(source, options)
     return merge_grouped(source, any_grouping(moe_form(source)[1], options), options)
 
 

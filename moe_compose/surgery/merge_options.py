@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from moe_compose.surgery.expert_options import MtpPolicy
@@ -43,7 +43,9 @@ class MergeOptions:
     """Options of `merge`. Field, keyword, recipe key and command-line flag have one name.
 
     Attributes:
-        keep: Routed experts that every layer is left with.
+        keep: Routed experts that every layer is left with; this or size.
+        size: How large the result may be: a share of the source's bytes, such as 0.7, or bytes of
+            weights, such as 20GB; as many experts are left as fit. This or keep.
         method: How experts are grouped and weighted: hc-smoe, m-smoe, or ream.
         router: Router row of a group: that of its representative (hc-smoe and m-smoe the most
             frequent, ream the most salient expert), or, with hc-smoe, the weighted mean of all.
@@ -56,6 +58,7 @@ class MergeOptions:
     """
 
     keep: int | None = None
+    size: str | None = None
     method: MergeMethod = "ream"
     router: RouterRow = "representative"
     align: Align = "method"
@@ -66,6 +69,13 @@ class MergeOptions:
     def aligned_by(self) -> Align:
         """What neurons are compared by."""
         return ALIGNED_BY[self.method] if self.align == "method" else self.align
+
+
+def allowed_counts(options: MergeOptions, moe: MoE) -> list[int]:
+    """Counts of experts that router and method can do with, ascending; the whole one included."""
+    how = replace(options, size=None)
+    counts = range(1, moe.num_experts + 1)
+    return [c for c in counts if not list(merge_option_problems(replace(how, keep=c), moe))]
 
 
 def merge_option_problems(options: MergeOptions, moe: MoE) -> Iterator[str]:
@@ -85,10 +95,16 @@ def merge_option_problems(options: MergeOptions, moe: MoE) -> Iterator[str]:
 
 def _count_problems(options: MergeOptions, moe: MoE) -> Iterator[str]:
     from moe_compose.surgery.selection import group_problem
+    from moe_compose.surgery.sizing import size_problem
 
     count, groups = options.keep, moe.routing.groups if moe.routing.grouped else 1
-    if count is None:
-        yield "keep says how many experts are left; it is not given"
+    if options.size is not None and (problem := size_problem(options.size)):
+        yield problem
+    if (count is None) == (options.size is None):
+        given = "neither" if count is None else "both"
+        yield f"one of keep and size says how many experts are left ({given} given)"
+    elif count is None:
+        return
     elif not 1 <= count <= moe.num_experts:
         yield f"keep ({count}) must be between 1 and the number of experts ({moe.num_experts})"
     elif count < moe.top_k:

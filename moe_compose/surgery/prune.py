@@ -8,7 +8,7 @@ its routers: nothing else is promised, and that is what `validate` measures.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from moe_compose.architectures import Architecture, MoE
@@ -16,9 +16,15 @@ from moe_compose.architectures.family import USUAL_COUNTS
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.surgery.plan import Plan, Preservation
-from moe_compose.surgery.prune_options import PruneOptions, kept_count, option_problems
+from moe_compose.surgery.prune_options import (
+    PruneOptions,
+    allowed_counts,
+    kept_count,
+    option_problems,
+)
 from moe_compose.surgery.ranking import Ranking
 from moe_compose.surgery.selection import Selected, moe_form, select_experts
+from moe_compose.surgery.sizing import count_within, size_note
 
 #: The explanation of a pruning, beside the result.
 REPORT_NAME = "pruning.json"
@@ -36,6 +42,20 @@ def check_options(source: TensorSource, options: PruneOptions) -> None:
     _, moe = moe_form(source)
     if problems := list(option_problems(options, moe)):
         raise OptionError(f"cannot prune {source.label} like this", problems=problems)
+    sized(source, options)
+
+
+def sized(source: TensorSource, options: PruneOptions) -> PruneOptions:
+    """The options with the largest `keep` that stays within `size`, where that is asked.
+
+    Raises:
+        OptionError: no count is within it.
+    """
+    if options.size is None:
+        return options
+    counts = allowed_counts(options, moe_form(source)[1])
+    count = count_within(source, options.size, counts, options.mtp)
+    return replace(options, keep=count, size=None)
 
 
 def prune_ranked(source: TensorSource, ranking: Ranking, options: PruneOptions) -> Plan:
@@ -58,6 +78,7 @@ def prune_ranked(source: TensorSource, ranking: Ranking, options: PruneOptions) 
         *option_problems(options, moe),
         *ranking.problems(moe.num_experts, moe.sparse_layers),
     ]
+    options = options if problems else sized(source, options)
     count = 0 if problems else kept_count(options, moe)
     problems += [] if problems else _guard_problems(ranking, moe, count)
     if problems:
@@ -74,7 +95,10 @@ def prune_ranked(source: TensorSource, ranking: Ranking, options: PruneOptions) 
         preservation=_preservation(removed, moe),
         files={n: p for n, p in source.files.items() if n not in ("README.md", REPORT_NAME)},
         dropped=selected.dropped,
-        notes=tuple(_notes(form, moe, count, selected, options, ranking)),
+        notes=(
+            *_notes(form, moe, count, selected, options, ranking),
+            *([size_note(source, _bytes_of(selected), count)] if removed else []),
+        ),
         card=source.files.get("README.md"),
         decided=_decided(kept, selected, ranking),
         reports={REPORT_NAME: _report(kept, ranking, moe)},
@@ -147,6 +171,10 @@ def _guard_problems(ranking: Ranking, moe: MoE, count: int) -> Iterator[str]:
                 f"{where}: {most} guarded experts ({', '.join(map(str, guarded))}) are more than "
                 f"the {count // groups} that stay; keep more, or super_experts = ignore"
             )
+
+
+def _bytes_of(selected: Selected) -> int:
+    return sum(o.info.nbytes for o in selected.outputs)
 
 
 def _plain(options: PruneOptions) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -61,8 +61,10 @@ class PruneOptions:
     """Options of `prune`. Field, keyword, recipe key and command-line flag have one name.
 
     Attributes:
-        keep: Routed experts to keep in every layer; this or ratio.
-        ratio: Fraction of the experts to remove, at most, between 0 and 1; this or keep.
+        keep: Routed experts to keep in every layer; this, ratio or size.
+        ratio: Fraction of the experts to remove, at most, between 0 and 1; this, keep or size.
+        size: How large the result may be: a share of the source's bytes, such as 0.7, or bytes of
+            weights, such as 20GB; as many experts stay as fit. This, keep or ratio.
         criterion: What makes an expert worth keeping: reap, frequency, gate-sum, ean-sum, ean-mean,
             ean-mean-sq, weighted-ean, easy-ep, loo-mse, naee-greedy, aimer, random, or given.
         domain_weight: How much a domain of the statistics counts, such as code=2; 1 each by
@@ -77,6 +79,7 @@ class PruneOptions:
 
     keep: int | None = None
     ratio: float | None = None
+    size: str | None = None
     criterion: Criterion = "reap"
     domain_weight: tuple[str, ...] = ()
     super_experts: Literal["keep", "ignore"] = "keep"
@@ -113,11 +116,19 @@ def kept_count(options: PruneOptions, moe: MoE) -> int:
     return moe.num_experts - removed // groups * groups
 
 
+def allowed_counts(options: PruneOptions, moe: MoE) -> list[int]:
+    """Counts of experts that the router can do with, ascending; the whole number included."""
+    how = replace(options, ratio=None, size=None)
+    counts = range(1, moe.num_experts + 1)
+    return [c for c in counts if not list(option_problems(replace(how, keep=c), moe))]
+
+
 def option_problems(options: PruneOptions, moe: MoE) -> Iterator[str]:
     """Options, or combinations, that cannot be meant for an MoE."""
-    if (options.keep is None) == (options.ratio is None):
-        both = "both" if options.keep is not None else "neither"
-        yield f"one of keep and ratio says how many experts stay ({both} given)"
+    given = [n for n in ("keep", "ratio", "size") if getattr(options, n) is not None]
+    if len(given) != 1:
+        said = " and ".join(given) or "none"
+        yield f"one of keep, ratio and size says how many experts stay ({said} given)"
     if options.criterion not in CRITERIA:
         yield f"criterion ({options.criterion}) must be one of {', '.join(CRITERIA)}"
     if options.super_experts not in ("keep", "ignore"):
@@ -145,7 +156,10 @@ def option_problems(options: PruneOptions, moe: MoE) -> Iterator[str]:
 
 def _count_problems(options: PruneOptions, moe: MoE) -> Iterator[str]:
     from moe_compose.surgery.selection import group_problem
+    from moe_compose.surgery.sizing import size_problem
 
+    if options.size is not None and (problem := size_problem(options.size)):
+        yield problem
     if options.ratio is not None and not 0 <= options.ratio < 1:
         yield f"ratio ({options.ratio}) must be at least 0 and below 1"
         return

@@ -17,9 +17,9 @@ from moe_compose.evaluation.options import EvaluateOptions
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.plan import Plan
 from moe_compose.surgery.prune import check_options
-from moe_compose.surgery.prune_options import PruneOptions
+from moe_compose.surgery.prune_options import PruneOptions, allowed_counts
 from moe_compose.surgery.selection import moe_form
-from moe_compose.tradeoff.measure import allowed_counts, bench
+from moe_compose.tradeoff.measure import bench
 from moe_compose.tradeoff.result import Candidate
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def fewest(
         evidence: as for `prune`.
         texts: held-out text.
         max_kl: nats per token.
-        options: of the pruning, without `keep` and `ratio`.
+        options: of the pruning, without `keep`, `ratio` and `size`.
         evaluation: how much text, and how it is run.
         refit: how candidates are refitted; None, and no `refit_on`: they are not.
         refit_on: the text that they are refitted to.
@@ -74,13 +74,13 @@ def fewest(
         progress: told after every candidate: tried, at most.
 
     Raises:
-        OptionError: `keep` or `ratio` is given, or options that cannot be meant.
+        OptionError: `keep`, `ratio` or `size` is given, or options that cannot be meant.
         ConditionError: not even one expert fewer is within the limit.
     """
     options = options or PruneOptions()
     check_limit(source, max_kl, options)
     table = replace(bench(source, texts, evaluation, refit_on, refit), record=dict(record or {}))
-    counts = [c for c in allowed_counts(table.moe, options) if c < table.moe.num_experts]
+    counts = [c for c in allowed_counts(options, table.moe) if c < table.moe.num_experts]
     tried: list[Candidate] = []
     best: tuple[Plan, PruneOptions, Candidate] | None = None
     low, high = 0, len(counts)
@@ -115,11 +115,11 @@ def check_limit(source: TensorSource, max_kl: float, options: PruneOptions) -> N
     """Refuse what cannot be meant, before anything is read.
 
     Raises:
-        OptionError: `keep` or `ratio` is given beside `max_kl`, or other options are wrong.
+        OptionError: `keep`, `ratio` or `size` is given beside `max_kl`, or other options are wrong.
         UnsupportedError: no MoE, or one whose experts cannot be selected.
     """
-    if options.keep is not None or options.ratio is not None:
-        raise OptionError("max_kl decides how many experts stay: leave keep and ratio out")
+    if any(x is not None for x in (options.keep, options.ratio, options.size)):
+        raise OptionError("max_kl decides how many experts stay: leave keep, ratio and size out")
     if not max_kl > 0:
         raise OptionError(f"max_kl ({max_kl}) must be above 0")
     check_options(source, replace(options, keep=moe_form(source)[1].num_experts))

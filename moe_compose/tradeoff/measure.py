@@ -16,7 +16,7 @@ from moe_compose.evaluation.result import Evaluation
 from moe_compose.recovery.options import RefitOptions
 from moe_compose.recovery.refit import refit
 from moe_compose.surgery.plan import Plan
-from moe_compose.surgery.prune_options import PruneOptions, option_problems
+from moe_compose.surgery.prune_options import PruneOptions
 from moe_compose.tradeoff.result import Candidate
 
 if TYPE_CHECKING:
@@ -135,11 +135,3 @@ def check_apart(held: TokenSet, fitted: TokenSet) -> None:
             "flatter",
             hint="Give texts that have nothing in common.",
         )
-
-
-def allowed_counts(moe: MoE, options: PruneOptions) -> list[int]:
-    """Counts of experts that the router can do with, ascending; the whole number included."""
-    counts = range(1, moe.num_experts + 1)
-    return [
-        c for c in counts if not list(option_problems(replace(options, keep=c, ratio=None), moe))
-    ]

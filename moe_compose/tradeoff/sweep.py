@@ -14,12 +14,13 @@ from moe_compose.recovery.options import RefitOptions
 from moe_compose.surgery.prune_options import (
     WITHOUT_STATS,
     PruneOptions,
+    allowed_counts,
     kept_count,
     option_problems,
 )
 from moe_compose.surgery.selection import moe_form
 from moe_compose.surgery.unchanged import unchanged
-from moe_compose.tradeoff.measure import Bench, allowed_counts, bench
+from moe_compose.tradeoff.measure import Bench, bench
 from moe_compose.tradeoff.options import BASELINE, SweepOptions
 from moe_compose.tradeoff.result import Candidate, Sweep, knee, smallest_within
 
@@ -109,7 +110,7 @@ def sweep(
 def _asked(table: Bench, options: SweepOptions) -> tuple[list[PruneOptions], list[str]]:
     """Every criterion at every count, each once; and what was left out."""
     counts, notes = [], []
-    allowed = set(allowed_counts(table.moe, PruneOptions(criterion=BASELINE)))
+    allowed = set(allowed_counts(PruneOptions(criterion=BASELINE), table.moe))
     for ratio in options.ratios:
         count = kept_count(PruneOptions(ratio=ratio), table.moe)
         if count == table.moe.num_experts:

@@ -103,7 +103,7 @@ def test_statistics_or_text(words: tuple, why: str, command: Any, moe: Path, tmp
     ("words", "code", "why"),
     [
         (("--keep", "1"), 2, "top_k = 2"),
-        ((), 2, "it is not given"),
+        ((), 2, "neither given"),
         (("--keep", "3", "--method", "best"), 2, "'best' is not one of"),
         (("--keep", "3", "--router", "mean"), 2, "router = mean is hc-smoe's"),
     ],

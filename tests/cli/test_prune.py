@@ -94,7 +94,7 @@ def test_without_any_text(command: Any, moe: Path, tmp_path: Path) -> None:
     [
         (("--keep", "1"), 2, "top_k = 2"),
         (("--keep", "3"), 2, "needs statistics"),
-        (("--keep", "3", "--ratio", "0.5"), 2, "both given"),
+        (("--keep", "3", "--ratio", "0.5"), 2, "keep and ratio given"),
         (("--keep", "3", "--criterion", "worst"), 2, "'worst' is not one of"),
         (("--keep", "3", "--criterion", "random", "--stats", "nowhere"), 2, "no meaning"),
         (("--keep", "3", "--stats", "nowhere"), 1, "holds no statistics"),

@@ -151,7 +151,10 @@ def test_what_is_missing_is_said_at_once(tmp_path: Path, text: Path) -> None:
         ("{{operation: report, out: page.txt}}", "must end in .html"),
         ("{{operation: report, source: steps.0, out: page.html}}", "a checkpoint that is written"),
         ("{{operation: refit, data: {text}}}", "with nothing saved between"),
-        ("{{operation: prune, keep: 3, max_kl: 1, data: {text}}}", "leave keep and ratio out"),
+        (
+            "{{operation: prune, keep: 3, max_kl: 1, data: {text}}}",
+            "leave keep, ratio and size out",
+        ),
         ("{{operation: prune, keep: 3, criterion: random, data: {{x: {text}}}}}", "compared on"),
         (
             "{{operation: pack-expert, expert: 1, save: {taken}}}",

@@ -212,7 +212,7 @@ def test_a_plan_is_merged_and_a_merged_one_pruned(moe: Measured, tmp_path: Path)
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"keep": None}, "it is not given"),
+        ({"keep": None}, "neither given"),
         ({"keep": 1}, "the router picks top_k = 2"),
         ({"keep": 7}, r"keep \(7\) must be between 1"),
         ({"method": "mean"}, r"method \(mean\) must be one of"),

@@ -92,7 +92,7 @@ def test_all_faults_at_once(make: Make) -> None:
         )  # fmt: skip
     said = "\n".join(caught.value.problems)
     for text in (
-        "one of keep and ratio", "criterion (best)", "domain_weight (code)", "mtp (no)",
+        "one of keep, ratio and size", "criterion (best)", "domain_weight (code)", "mtp (no)",
         "super_experts (some)", "a ranking has no meaning", "ratio (2.0)",
     ):  # fmt: skip
         assert text in said
@@ -101,7 +101,7 @@ def test_all_faults_at_once(make: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({}, "neither given"),
+        ({}, "none given"),
         ({"keep": 1}, "the router picks top_k = 2"),
         ({"keep": 5}, r"keep \(5\) must be between 1 and the number of experts \(4\)"),
         ({"keep": 2, "domain_weight": ("a=1",)}, "it sees no text"),

@@ -13,8 +13,8 @@ from pruned import lively_checkpoint
 
 import moe_compose as mc
 from moe_compose.calibration.tokens import TokenSet
+from moe_compose.surgery.prune_options import allowed_counts
 from moe_compose.tradeoff.fewest import REPORT_NAME
-from moe_compose.tradeoff.measure import allowed_counts
 from moe_compose.tradeoff.result import Candidate, curve, findings, knee, smallest_within
 
 OPTIONS = mc.EvaluateOptions(batch=4)
@@ -142,7 +142,7 @@ def test_the_fewest_experts_within_a_limit(
     assert mc.fewest(source, stats, drawn(1), 99.0, evaluation=OPTIONS).options.keep == 2
     with pytest.raises(mc.ConditionError, match="stays within KL 1e-09"):
         mc.fewest(source, stats, drawn(1), 1e-9, evaluation=OPTIONS)
-    with pytest.raises(mc.OptionError, match="leave keep and ratio out"):
+    with pytest.raises(mc.OptionError, match="leave keep, ratio and size out"):
         mc.fewest(source, stats, drawn(1), 0.1, mc.PruneOptions(keep=3))
 
 
@@ -150,9 +150,9 @@ def test_counts_that_a_router_can_do_with(source: mc.Checkpoint, tmp_path: Path)
     from moe_compose.surgery.selection import moe_form
 
     random_order = mc.PruneOptions(criterion="random")
-    assert allowed_counts(moe_form(source)[1], random_order) == [2, 3, 4, 5, 6]
+    assert allowed_counts(random_order, moe_form(source)[1]) == [2, 3, 4, 5, 6]
     grouped = lively_checkpoint("deepseek_v3", tmp_path / "tiny")
-    assert allowed_counts(moe_form(grouped)[1], random_order) == [6, 8]
+    assert allowed_counts(random_order, moe_form(grouped)[1]) == [6, 8]
 
 
 @pytest.mark.parametrize(
