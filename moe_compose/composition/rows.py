@@ -116,11 +116,16 @@ def with_rows(
         writer.discard()
         raise
     assert changed is not None
+    which = "new router rows"
+    if only is not None:
+        which += (
+            f" for expert{'s' if len({*only}) > 1 else ''} {', '.join(map(str, sorted({*only})))}"
+        )
     return replace_tensors(
         source,
         changed,
         operation="route",
-        preservation=Preservation("none", f"router rows of {source.label} replaced"),
+        preservation=Preservation("none", which),
         options=options,
         notes=notes,
         reports=reports,

@@ -194,7 +194,7 @@ class _Run:
         if step.step.makes != "plan":
             self._found(index, step, made)
             return
-        before = before or next(iter(made.sources.values()))
+        before = before or made.reference
         watch.planned(index, made)
         if step.conditions and (said := check_conditions(state, made, before, step.conditions)):
             watch.holds(index, said)
@@ -278,7 +278,7 @@ class _Run:
         from moe_compose.reporting.publish import record_validation
         from moe_compose.validation import validate
 
-        against = plan.sources.get(plan.preservation.reference) or before
+        against = plan.reference if plan.preservation.reference else before
         with self._state.watch.waiting(f"validating {checkpoint.label} against {against.label}"):
             report = validate(
                 checkpoint,

@@ -109,7 +109,7 @@ def refit(
         plan,
         changed,
         operation="refit",
-        preservation=Preservation("none", f"{plan.operation} of {source.label}, {run.summary()}"),
+        preservation=Preservation("none", run.summary()),
         options={"refit_tokens": options.tokens, "refit_on": files_of(tokens)},
         notes=(run.summary(), *uncovered(plan, tokens)),
         decided={"text": tokens.digest(), "layers": report["layers"]},

@@ -21,15 +21,14 @@ from moe_compose.reporting.markdown import cell, code, table
 from moe_compose.reporting.receipt import measured
 from moe_compose.reporting.units import bytes_text, count
 from moe_compose.surgery.merge_options import MERGE_METHODS
-from moe_compose.surgery.plan import Plan, PlanSummary
+from moe_compose.surgery.plan import UNTRAINED, Plan, PlanSummary
 from moe_compose.surgery.prune_options import CRITERIA
-from moe_compose.surgery.replace import Changed
+from moe_compose.surgery.replace import FINISHING, Changed
 from moe_compose.surgery.upcycle_options import METHODS
 from moe_compose.validation.report import ValidationReport
 from moe_compose.version import __version__
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
-_UNTRAINED = "not trained after surgery"
 
 
 def model_card(
@@ -74,8 +73,8 @@ def with_hashes(card: str, plan: Plan, source_hashes: Mapping[str, str]) -> str:
     return card if full in card else card.replace(bare, full, 1)
 
 
-#: Operations that are flags of what they follow → those that ask for them.
-_FLAGS_OF_OTHERS: Mapping[str, Mapping[str, Any]] = {"refit": {"refit": True}, "route": {}}
+#: What asks for them, where that is not said by options.
+_ASKED_BY: Mapping[str, Mapping[str, Any]] = {"refit": {"refit": True}}
 
 
 def repeat_line(plan: Plan) -> str:
@@ -84,8 +83,8 @@ def repeat_line(plan: Plan) -> str:
     Folders are named by their last part, since where they were says nothing to anybody else.
     """
     first = next(iter(plan.sources.values()))
-    if plan.operation in _FLAGS_OF_OTHERS and isinstance(first, Plan):
-        more = {**_FLAGS_OF_OTHERS[plan.operation], **plan.options}
+    if plan.operation in FINISHING and isinstance(first, Plan):
+        more = {**_ASKED_BY.get(plan.operation, {}), **plan.options}
         return _with_flags(repeat_line(first).split(" \\\n"), more)
     positional = [] if "base" in plan.options else [" ".join(first.label.split())]
     words = ["moe-compose", plan.operation, *positional, "OUTPUT"]
@@ -143,9 +142,9 @@ def _opening(plan: Plan) -> Iterator[str]:
     yield ""
     kind = cell(str(plan.config.get("model_type")))
     yield f"A mixture of experts ({kind}{shape}), made from {labels} by moe-compose {__version__}."
-    if _UNTRAINED in plan.notes:
+    if UNTRAINED in plan.notes:
         yield ""
-        yield f"**{_UNTRAINED.capitalize()}.**"
+        yield f"**{UNTRAINED.capitalize()}.**"
     yield ""
 
 
@@ -168,7 +167,7 @@ def _done(plan: Plan) -> Iterator[str]:
     ]
     yield from table(("", ""), rows)
     yield ""
-    others = [note for note in plan.notes if note != _UNTRAINED]
+    others = [note for note in plan.notes if note != UNTRAINED]
     yield from (f"- {cell(note)}" for note in others)
     yield from [""] if others else []
 

@@ -13,7 +13,7 @@ from moe_compose.surgery.donors import Donor, Giver
 from moe_compose.surgery.expert_names import index_of, name_problem, names_of
 from moe_compose.surgery.expert_options import ADD_ROUTERS, AddOptions
 from moe_compose.surgery.placing import Place, own_places, place_experts, sources_of
-from moe_compose.surgery.plan import Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED, Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.selected_config import with_top_k
 from moe_compose.surgery.selection import moe_form
@@ -58,7 +58,7 @@ def add_expert(source: TensorSource, donor: Donor, options: AddOptions) -> Plan:
     places = [*own_places(moe.num_experts), new]
     selected = place_experts(source, places, [*names, options.name], mtp=options.mtp)
     top_k = options.top_k or moe.top_k
-    notes = ["not trained after surgery"]
+    notes = [UNTRAINED]
     if options.router in (None, "copy") and donor.source is not None:
         notes.append(f"its router row is that of expert {like}: give text for one of its own")
     return Plan(

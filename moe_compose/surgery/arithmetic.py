@@ -7,7 +7,7 @@ end rounds once. Reductions are summed by numpy in fp64, on one thread, in a fix
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from moe_compose.checkpoint.source import FLOAT_DTYPES, torch_dtype
 from moe_compose.errors import PlanError
 from moe_compose.surgery.draws import Draw
 from moe_compose.surgery.indices import Indices
-from moe_compose.surgery.transforms import Concat, Spec, Stack, Take, Transform, Unary
+from moe_compose.surgery.transforms import Read, Spec, Transform, Unary
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ class Cast(Unary):
 
     dtype: str
     elementwise: ClassVar[bool] = True
+    keeps_constants: ClassVar[bool] = True
 
     @property
     def spec(self) -> Spec:
@@ -171,14 +172,23 @@ class Redraw(Unary):
         return f"{self.x} with {self.at} redrawn"
 
 
-def constant_value(x: Transform) -> float | None:
-    """The one value that a transform's output has throughout; None when it has several."""
+def constant_value(
+    x: Transform, of_source: Callable[[Read], Hashable | None] = lambda read: None
+) -> Hashable | None:
+    """The one value that a transform's output has throughout; None when it has several.
+
+    Args:
+        x: the transform.
+        of_source: the same of a source's tensor: a number, or whatever stands for one.
+    """
     if isinstance(x, Full):
         return x.value
-    if isinstance(x, Stack | Concat | Take | Cast):
-        values = {constant_value(part) for part in x.inputs}
-        return values.pop() if len(values) == 1 else None
-    return None
+    if isinstance(x, Read):
+        return of_source(x)
+    if not x.keeps_constants:
+        return None
+    values = {constant_value(part, of_source) for part in x.inputs}
+    return values.pop() if len(values) == 1 else None
 
 
 def cast(x: Transform, dtype: str) -> Transform:

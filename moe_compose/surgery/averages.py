@@ -29,6 +29,7 @@ class Mean(Transform):
     xs: tuple[Transform, ...]
     weights: tuple[float, ...]
     elementwise: ClassVar[bool] = True
+    keeps_constants: ClassVar[bool] = True
 
     @property
     def inputs(self) -> tuple[Transform, ...]:
@@ -73,6 +74,7 @@ class Mix(Unary):
     groups: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[float, ...], ...]
     dim: int = 0
+    keeps_constants: ClassVar[bool] = True
 
     @property
     def spec(self) -> Spec:

@@ -22,7 +22,7 @@ from moe_compose.surgery.experts import sparse_half
 from moe_compose.surgery.ffn import ffn_dtype, read_ffn
 from moe_compose.surgery.indices import Rows
 from moe_compose.surgery.members import BASE, Members
-from moe_compose.surgery.plan import OutputTensor, Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED_ROUTER, OutputTensor, Plan, Preservation
 from moe_compose.surgery.shared_tensors import natural
 from moe_compose.surgery.transforms import Concat, Read, Take, Transform
 from moe_compose.surgery.upcycle_options import output_dtype
@@ -177,7 +177,7 @@ class _Composition:
         """What a user should know."""
         router, k = self._options.router, self._options.top_k
         if router in ("random", "zeros"):
-            yield f"the router is not trained ({router} rows): train it before use"
+            yield f"{UNTRAINED_ROUTER} ({router} rows): train it before use"
         if k == 1 and self.form.moe(self.config).routing.sums_to is not None:
             yield (
                 "with top_k = 1 and renormalised weights the router receives no gradient: train "

@@ -8,7 +8,7 @@ from moe_compose.architectures import Architecture, MoE
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError, UnsupportedError
 from moe_compose.surgery.expert_options import ExpandOptions
-from moe_compose.surgery.plan import Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED, Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.selected_config import with_top_k
 from moe_compose.surgery.selection import moe_form, select_experts
@@ -56,7 +56,7 @@ def expand(source: TensorSource, options: ExpandOptions) -> Plan:
         preservation=_preservation(form, moe, options),
         files={n: p for n, p in source.files.items() if n != "README.md"},
         dropped=selected.dropped,
-        notes=tuple(filter(None, ["not trained after surgery", count_note(form, len(ids))])),
+        notes=tuple(filter(None, [UNTRAINED, count_note(form, len(ids))])),
         card=source.files.get("README.md"),
     ).check()
 

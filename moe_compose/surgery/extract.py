@@ -21,9 +21,10 @@ from moe_compose.surgery.dense_config import dense_config
 from moe_compose.surgery.expert_names import index_of
 from moe_compose.surgery.extract_options import ExtractOptions
 from moe_compose.surgery.ffn import FFN, matrix, read_expert, read_ffn
+from moe_compose.surgery.history import is_constant
 from moe_compose.surgery.indices import Picks
 from moe_compose.surgery.joined import joined
-from moe_compose.surgery.past import constants_of, dense_ancestor, is_constant
+from moe_compose.surgery.past import constants_of, dense_ancestor
 from moe_compose.surgery.plan import OutputTensor, Plan, Preservation
 from moe_compose.surgery.preservation import output_factor
 from moe_compose.surgery.roles import Roles
@@ -104,7 +105,8 @@ class _Extraction:
         self._with_expert = not (self._with_shared and self._is_silent(form.experts.down))
 
     def _is_silent(self, template: str) -> bool:
-        return is_constant(template.format(i=self._sparse[0], e=self._expert), self._constants)
+        names = [template.format(i=i, e=self._expert) for i in self._sparse]
+        return all(is_constant(n, self._constants) for n in names)
 
     def _refuse(self) -> None:
         """What no dense FFN computes."""

@@ -7,6 +7,8 @@ than that it is a list of objects.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,36 @@ def read_history(source: TensorSource) -> list[dict[str, Any]]:
             hint="Repair or remove the file.",
         )
     return content
+
+
+def constants_beside(source: TensorSource) -> frozenset[str]:
+    """Tensors that are one number throughout on purpose: an operation made them so, and every later
+    one says so too, or that it copied them. Names, with `*` for every number where all are meant.
+
+    Raises:
+        CheckpointError: the history cannot be read.
+    """
+    found: frozenset[str] = frozenset()
+    for record in read_history(source):
+        found = found.intersection(_texts(record, "copied")) | _texts(record, "constants")
+    return found
+
+
+def _texts(record: Mapping[str, Any], entry: str) -> frozenset[str]:
+    """A list of texts in a record, which anybody may have written."""
+    found = record.get(entry)
+    texts = found if isinstance(found, list) else []
+    return frozenset(x for x in texts if isinstance(x, str))
+
+
+def name_pattern(name: str) -> str:
+    """A tensor's name with `*` for every number."""
+    return re.sub(r"\d+", "*", name)
+
+
+def is_constant(name: str, constants: Collection[str]) -> bool:
+    """Whether a tensor is among those of `constants_beside`, or of `Plan.constants`."""
+    return name in constants or name_pattern(name) in constants
 
 
 def document(source: TensorSource, name: str) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moe_compose.errors import PlanError
 from moe_compose.surgery.ffn import FFN
@@ -19,6 +19,7 @@ class Beside(Transform):
     """Matrices side by side: one after another along the second dimension."""
 
     xs: tuple[Transform, ...]
+    keeps_constants: ClassVar[bool] = True
 
     @property
     def inputs(self) -> tuple[Transform, ...]:

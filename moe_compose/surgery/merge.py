@@ -24,7 +24,7 @@ from moe_compose.surgery.merge_options import (
     merge_option_problems,
 )
 from moe_compose.surgery.neurons import part_of, templates_of
-from moe_compose.surgery.plan import OutputTensor, Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED, OutputTensor, Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.roles import Role, Roles
 from moe_compose.surgery.selection import Selected, group_problem, moe_form, select_experts
@@ -291,7 +291,7 @@ def _report(grouping: Grouping) -> dict[str, Any]:
 def _notes(
     form: Architecture, moe: MoE, grouping: Grouping, selected: Selected, options: MergeOptions
 ) -> Iterator[str]:
-    yield "not trained after surgery"
+    yield UNTRAINED
     yield from grouping.notes
     count = len(next(iter(grouping.layers.values())).members)
     if count == moe.num_experts:

@@ -7,36 +7,21 @@ was trained and saved by others has none, so nothing of it is taken for constant
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from moe_compose.checkpoint.source import TensorSource
-from moe_compose.surgery.history import read_history
+from moe_compose.surgery.history import constants_beside, read_history
 from moe_compose.surgery.plan import Plan
 
 
 def constants_of(source: TensorSource) -> frozenset[str]:
-    """Patterns (`*` for every number) of tensors that an operation made constant, and that every
-    later one copied.
+    """Names of tensors (`*` for numbers where all are meant) that an operation made constant, and
+    that none has changed since.
 
     Raises:
         CheckpointError: the history cannot be read.
     """
-    if isinstance(source, Plan):
-        kept: frozenset[str] = frozenset()
-        for earlier in source.sources.values():
-            kept |= constants_of(earlier)
-        return kept.intersection(source.copied()) | frozenset(source.constants())
-    found: frozenset[str] = frozenset()
-    for record in read_history(source):
-        found = found.intersection(_texts(record, "copied")) | _texts(record, "constants")
-    return found
-
-
-def is_constant(name: str, constants: Collection[str]) -> bool:
-    """Whether the tensor is among those of `constants_of`."""
-    return re.sub(r"\d+", "*", name) in constants
+    return frozenset(source.constants()) if isinstance(source, Plan) else constants_beside(source)
 
 
 def dense_ancestor(source: TensorSource, families: Collection[str]) -> str | None:
@@ -59,10 +44,3 @@ def dense_ancestor(source: TensorSource, families: Collection[str]) -> str | Non
             if isinstance(stated, str) and stated in families:
                 return stated
     return None
-
-
-def _texts(record: Mapping[str, Any], entry: str) -> frozenset[str]:
-    """A list of texts in a record, which anybody may have written."""
-    found = record.get(entry)
-    texts = found if isinstance(found, list) else []
-    return frozenset(x for x in texts if isinstance(x, str))

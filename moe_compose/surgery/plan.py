@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +23,17 @@ from moe_compose.checkpoint.source import Extent, TensorInfo, TensorSource
 from moe_compose.errors import PlanError
 from moe_compose.surgery import evaluate
 from moe_compose.surgery.arithmetic import constant_value
+from moe_compose.surgery.history import constants_beside, is_constant, name_pattern
 from moe_compose.surgery.selected_config import packed_stems
 from moe_compose.surgery.transforms import Read, Transform
 from moe_compose.version import __version__
 
 if TYPE_CHECKING:
     import torch
+
+#: Notes that training makes untrue begin so.
+UNTRAINED = "not trained after surgery"
+UNTRAINED_ROUTER = "the router is not trained"
 
 #: Part of every digest; raised when a transform of the same name comes to give other bytes.
 ARITHMETIC = 1
@@ -38,10 +42,6 @@ ARITHMETIC = 1
 def _said_of(source: TensorSource) -> dict[str, Any]:
     family = source.config.get("model_type")
     return {"label": source.label, "digest": source.digest(), "model_type": family}
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ class Preservation:
         tolerance: `exact`: the largest relative error of fp32 logits that counts as such;
             `approximate`: the largest mean KL to the source, in nats.
         rounding: `exact` means the source with its weights so rounded; None where none is.
-        reference: the plan's word for the source that this is said of; empty: the first one.
+        reference: the plan's word for the source that this is said of, and behind a slash that
+            one's word for its own, where it is a plan too; empty: the first one.
     """
 
     kind: Literal["exact", "approximate", "none"]
@@ -203,22 +204,54 @@ class Plan:
             h.update(f"\0{o.name}\0{o.value!r}".encode())
         return h.hexdigest()
 
+    @property
+    def reference(self) -> TensorSource:
+        """The source that the preservation class is stated of."""
+        found: TensorSource = self
+        for key in (self.preservation.reference or next(iter(self.sources))).split("/"):
+            assert isinstance(found, Plan)
+            found = found.sources[key]
+        return found
+
     def constants(self) -> tuple[str, ...]:
-        """Patterns (`*` for every number) of outputs that are one number throughout on purpose."""
-        made = (o.name for o in self.outputs if constant_value(o.value) is not None)
-        return tuple(sorted({_pattern(name) for name in made}))
+        """Outputs that are one number throughout on purpose, made so here or by what made the
+        sources: patterns (`*` for every number) where all of them are, single names where some are.
+        """
+        by_pattern: dict[str, list[str]] = {}
+        for name in self._by_name:
+            by_pattern.setdefault(name_pattern(name), []).append(name)
+        found: list[str] = []
+        for pattern, names in by_pattern.items():
+            constant = [n for n in names if self._constant(n) is not None]
+            found += [pattern] if len(constant) == len(names) else constant
+        return tuple(sorted(found))
+
+    def _constant(self, name: str) -> Hashable | None:
+        """What an output is throughout."""
+        return constant_value(self._by_name[name].value, self._constant_source)
+
+    def _constant_source(self, read: Read) -> Hashable | None:
+        source, name = self.sources[read.source], read.tensor.name
+        if isinstance(source, Plan):
+            return source._constant(name)
+        known = is_constant(name, self._constants_beside[read.source])
+        return (read.source, name_pattern(name)) if known else None
+
+    @cached_property
+    def _constants_beside(self) -> Mapping[str, frozenset[str]]:
+        return {k: constants_beside(s) for k, s in self.sources.items() if not isinstance(s, Plan)}
 
     def copied(self) -> tuple[str, ...]:
         """Patterns of outputs that all are, byte for byte, the tensor of their name of the source
         that the plan is stated of.
         """
-        changed = {_pattern(o.name) for o in self.outputs if not self._is_copy(o.name)}
-        return tuple(sorted({_pattern(o.name) for o in self.outputs} - changed))
+        changed = {name_pattern(n) for n in self._by_name if not self._is_copy(n)}
+        return tuple(sorted({name_pattern(n) for n in self._by_name} - changed))
 
     def _is_copy(self, name: str) -> bool:
         """Whether an output is the source's tensor of its name, also through plans of plans."""
         value = self._by_name[name].value
-        stated = self.preservation.reference or next(iter(self.sources))
+        stated = self.preservation.reference.partition("/")[0] or next(iter(self.sources))
         if not isinstance(value, Read) or (value.source, value.tensor.name) != (stated, name):
             return False
         source = self.sources[stated]

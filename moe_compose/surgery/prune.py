@@ -15,7 +15,7 @@ from moe_compose.architectures import Architecture, MoE
 from moe_compose.architectures.family import USUAL_COUNTS
 from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
-from moe_compose.surgery.plan import Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED, Plan, Preservation
 from moe_compose.surgery.prune_options import (
     PruneOptions,
     allowed_counts,
@@ -226,7 +226,7 @@ def _notes(
     options: PruneOptions,
     ranking: Ranking,
 ) -> Iterator[str]:
-    yield "not trained after surgery"
+    yield UNTRAINED
     yield from ranking.notes
     if count == moe.num_experts:
         return

@@ -10,7 +10,7 @@ from moe_compose.checkpoint.source import TensorSource
 from moe_compose.errors import OptionError
 from moe_compose.surgery.expert_names import index_of
 from moe_compose.surgery.expert_options import RemoveOptions
-from moe_compose.surgery.plan import Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED, Plan, Preservation
 from moe_compose.surgery.prune import count_note
 from moe_compose.surgery.selected_config import with_top_k
 from moe_compose.surgery.selection import moe_form, select_experts
@@ -60,7 +60,7 @@ def remove_expert(source: TensorSource, options: RemoveOptions) -> Plan:
         ),
         files={n: p for n, p in source.files.items() if n != "README.md"},
         dropped=selected.dropped,
-        notes=tuple(filter(None, ["not trained after surgery", count_note(form, len(kept))])),
+        notes=tuple(filter(None, [UNTRAINED, count_note(form, len(kept))])),
         card=source.files.get("README.md"),
         decided={"kept": {str(layer): kept for layer in moe.sparse_layers}},
     ).check()

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +28,17 @@ from moe_compose.checkpoint.source import Extent, TensorInfo, TensorSource
 from moe_compose.errors import CheckpointError, PlanError
 from moe_compose.surgery.history import read_json
 from moe_compose.surgery.indices import Rows
-from moe_compose.surgery.plan import OutputTensor, Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED, UNTRAINED_ROUTER, OutputTensor, Plan, Preservation
 from moe_compose.surgery.transforms import Concat, Read, Take, Transform
 
 if TYPE_CHECKING:
     import torch
 
 RECORD_NAME = "changed.json"
+
+#: Operations that finish what a plan under them has made: they are flags of others, and what that
+#: plan says of its source is said of the source of both.
+FINISHING = ("refit", "route")
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +176,7 @@ def replace_tensors(
         source: a checkpoint or a plan.
         changed: the tensors, in the dtypes of those that they replace.
         operation: what made them (`refit`).
-        preservation: how far the function is kept.
+        preservation: how far the function is kept; of what finishes a plan, how far beyond that.
         options: of what made them.
         notes: what a user should know.
         decided: for the record.
@@ -196,20 +200,40 @@ def replace_tensors(
             dropped[f"source:{name}"] = "replaced"
         outputs.append(OutputTensor(name, value))
     before = source if isinstance(source, Plan) else None
+    finishes = operation in FINISHING
     return Plan(
         operation=operation,
         options=dict(options or {}),
         config=dict(source.config),
         outputs=tuple(outputs),
         sources={"source": source, "changed": changed},
-        preservation=preservation,
+        preservation=_finished(before, preservation) if finishes else preservation,
         files=source.files,
         dropped=dropped,
-        notes=notes + (before.notes if before else ()),
+        notes=notes + tuple(_still_true(before, operation)),
         card=None if before else source.files.get("README.md"),
         decided={"content": changed.content, **(decided or {})},
         reports={**(before.reports if before else {}), **(reports or {})},
     ).check()
+
+
+def _finished(before: Plan | None, own: Preservation) -> Preservation:
+    """What two operations together keep, of the source of the first."""
+    if before is None:
+        return own
+    stated = before.preservation
+    reference = f"source/{stated.reference or next(iter(before.sources))}"
+    if own.kind == "exact":
+        return replace(stated, reference=reference)
+    why = own.why if stated.kind == "exact" else f"{stated.why}; {own.why}"
+    return replace(own, why=why, reference=reference)
+
+
+def _still_true(before: Plan | None, operation: str) -> Iterator[str]:
+    """Notes of the plan before that hold on."""
+    for note in before.notes if before else ():
+        if operation != "train-router" or not note.startswith((UNTRAINED, UNTRAINED_ROUTER)):
+            yield note
 
 
 def _misfits(source: TensorSource, changed: Changed) -> Iterator[str]:

@@ -12,7 +12,7 @@ from moe_compose.surgery.donors import Donor, Giver
 from moe_compose.surgery.expert_names import index_of, name_problem, names_of
 from moe_compose.surgery.expert_options import SWAP_ROUTERS, SwapOptions
 from moe_compose.surgery.placing import Place, own_places, place_experts, sources_of
-from moe_compose.surgery.plan import Plan, Preservation
+from moe_compose.surgery.plan import UNTRAINED, Plan, Preservation
 from moe_compose.surgery.selection import moe_form
 
 
@@ -55,7 +55,7 @@ def swap_expert(source: TensorSource, donor: Donor, options: SwapOptions) -> Pla
         ),
         files={n: p for n, p in source.files.items() if n != "README.md"},
         dropped=selected.dropped,
-        notes=("not trained after surgery",),
+        notes=(UNTRAINED,),
         card=source.files.get("README.md"),
         decided={"expert": at},
     ).check()

@@ -56,6 +56,9 @@ class Transform:
 
     elementwise: ClassVar[bool] = False
 
+    #: Inputs that all are one number throughout give that number throughout.
+    keeps_constants: ClassVar[bool] = False
+
     @property
     def inputs(self) -> tuple[Transform, ...]:
         return ()
@@ -113,6 +116,7 @@ class Take(Unary):
 
     at: Rows | Picks | Indices
     dim: int = 0
+    keeps_constants: ClassVar[bool] = True
 
     @property
     def spec(self) -> Spec:
@@ -144,6 +148,7 @@ class Reshape(Unary):
     """The same values, in the same order, under another shape."""
 
     shape: tuple[int, ...]
+    keeps_constants: ClassVar[bool] = True
 
     @property
     def spec(self) -> Spec:
@@ -162,6 +167,7 @@ class Reshape(Unary):
 @dataclass(frozen=True)
 class _Many(Transform):
     xs: tuple[Transform, ...]
+    keeps_constants: ClassVar[bool] = True
 
     @property
     def inputs(self) -> tuple[Transform, ...]:

@@ -16,7 +16,7 @@ from moe_compose.checkpoint.source import TensorSource
 from moe_compose.surgery.experts import sparse_layer
 from moe_compose.surgery.ffn import ffn_dtype
 from moe_compose.surgery.pairing import choose_target, dense_form, stated_config
-from moe_compose.surgery.plan import Plan
+from moe_compose.surgery.plan import UNTRAINED, Plan
 from moe_compose.surgery.preservation import classify
 from moe_compose.surgery.shared_tensors import carried, natural
 from moe_compose.surgery.target import target_config
@@ -72,7 +72,7 @@ def upcycle(source: TensorSource, options: UpcycleOptions) -> Plan:
 
 def _notes(form: Architecture, config: Mapping[str, Any], options: UpcycleOptions) -> Iterator[str]:
     moe = form.moe(config)
-    yield "not trained after surgery"
+    yield UNTRAINED
     if options.method == "drop":
         yield "Drop-Upcycling overtakes copies only after long training (arXiv 2502.19261)"
     if options.top_k == 1 and moe.routing.sums_to is not None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_models import dense_checkpoint
 from pruned import lively_checkpoint, raw
 
 import moe_compose as mc
 from moe_compose.errors import CheckpointError, PlanError
-from moe_compose.surgery.plan import Preservation
+from moe_compose.surgery.plan import UNTRAINED, Preservation
 from moe_compose.surgery.replace import Changed, ChangedWriter, replace_tensors
 
 STACKED = "model.layers.1.mlp.experts.down_proj"
@@ -101,3 +102,61 @@ def test_what_does_not_fit(source: mc.Checkpoint) -> None:
     with pytest.raises(PlanError) as caught:
         replaced(source, wrong)
     assert len(caught.value.problems) == 2
+
+
+def shared_upcycle(folder: Path) -> mc.Plan:
+    """Routed experts that add nothing: their down-projections are 0 on purpose."""
+    dense_checkpoint("qwen2", folder)
+    options = mc.UpcycleOptions(num_experts=4, top_k=2, method="shared", target="qwen2_moe")
+    return mc.upcycle(mc.Checkpoint.open(folder), options)
+
+
+DOWN = "model.layers.{}.mlp.experts.{}.down_proj.weight"
+
+
+def one_expert(model: mc.Plan | mc.Checkpoint, operation: str, name: str, fill: float) -> mc.Plan:
+    writer = ChangedWriter(model.config)
+    info = model.tensors[name]
+    writer.add({name: torch.full(info.shape, fill, dtype=torch.float32)}, {})
+    found = writer.finish()
+    assert found is not None
+    stated = Preservation("none", "as asked")
+    return replace_tensors(model, found, operation=operation, preservation=stated)
+
+
+def test_constants_survive_plans_over_plans(tmp_path: Path) -> None:
+    """What is 0 on purpose stays so for every plan that takes it over, written or not."""
+    made = shared_upcycle(tmp_path / "dense")
+    pattern = DOWN.format("*", "*")
+    assert pattern in made.constants()
+    written = mc.write(made, tmp_path / "moe")
+    router = "model.layers.0.mlp.gate.weight"
+    for model in (made, written):
+        over = one_expert(model, "route", router, 0.5)
+        assert pattern in over.constants() and pattern in over.record()["constants"]
+        kept = mc.remove_expert(over, mc.RemoveOptions(expert=("1",)))
+        assert pattern in kept.constants(), "names move, values do not"
+        assert pattern in mc.expand(model, mc.ExpandOptions()).constants()
+        changed = one_expert(model, "route", DOWN.format(0, 1), 0.5).constants()
+        assert pattern not in changed and DOWN.format(0, 1) not in changed
+        assert DOWN.format(0, 0) in changed and DOWN.format(1, 1) in changed
+    (tmp_path / "moe" / "moe_compose.json").unlink()
+    fresh = mc.Checkpoint.open(tmp_path / "moe")
+    assert pattern not in one_expert(fresh, "route", router, 0.5).constants(), "nobody vouches"
+
+
+def test_what_finishes_a_plan_is_stated_of_its_source(tmp_path: Path) -> None:
+    made = shared_upcycle(tmp_path / "dense")
+    dense = made.sources["dense"]
+    router = "model.layers.0.mlp.gate.weight"
+    finished = one_expert(made, "route", router, 0.5)
+    assert finished.reference is dense and made.reference is dense
+    pruned = mc.remove_expert(made, mc.RemoveOptions(expert=("1",)))
+    refitted = one_expert(pruned, "refit", router, 0.5)
+    assert refitted.reference is made
+    assert pruned.preservation.why in refitted.preservation.why
+    trained = one_expert(made, "train-router", router, 0.5)
+    assert trained.reference is made and trained.preservation.why == "as asked"
+    assert UNTRAINED in finished.notes and UNTRAINED not in trained.notes
+    embedding = "model.embed_tokens.weight"
+    assert embedding in finished.copied() and router.replace("0", "*") not in finished.copied()
